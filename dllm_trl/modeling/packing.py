@@ -1,0 +1,323 @@
+"""Packs all rounds of a micro-batch into one flat sequence that holds every clean token and every needed block once."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from dllm_trl.types import Round
+
+
+# Tokens per query segment. Short segments compute fewer scores that the mask throws away, long ones need fewer calls.
+CLEAN_SEGMENT = 64
+NOISY_SEGMENT = 128
+
+
+def _visible(q: tuple, k: tuple):
+    """Who sees whom. `q` and `k` are `(group, row, clean, block, copy)` of tokens, broadcast against each other."""
+    q_group, q_row, q_clean, q_block, q_copy = q
+    k_group, k_row, k_clean, k_block, k_copy = k
+    context = (q_group == k_group) & ((k_row == -1) | (k_row == q_row))
+    earlier = k_clean & ((k_block < q_block) | (q_clean & (k_block == q_block)))
+    return context & (earlier | (~k_clean & (k_copy == q_copy)))
+
+
+@dataclass
+class AttentionPlan:
+    r"""
+    Who attends to whom in a packed sequence of `N` tokens, as segments of queries that share a list of keys.
+
+    Args:
+        sizes (`list[int]`):
+            Lengths of the consecutive segments, sum `N`.
+        keys (`list[list[int]]`):
+            For each segment, the segments (whole, in this order) that are its keys.
+        group (`torch.LongTensor` of shape `(N,)`):
+            Rows of one group share the full blocks of their prompt.
+        row (`torch.LongTensor` of shape `(N,)`):
+            Row of the micro-batch, -1 for the shared part of a prompt.
+        clean (`torch.BoolTensor` of shape `(N,)`):
+            `True` for the clean sequence, `False` for a noisy copy of one of its blocks.
+        block (`torch.LongTensor` of shape `(N,)`):
+            Block of the token on the grid anchored at token 0 of its sequence.
+        copy (`torch.LongTensor` of shape `(N,)`):
+            Noisy copy the token belongs to, -1 for clean tokens.
+        device (`torch.device`):
+            Where the masks are put. The metadata above stays on the CPU.
+    """
+
+    sizes: list[int]
+    keys: list[list[int]]
+    group: torch.Tensor
+    row: torch.Tensor
+    clean: torch.Tensor
+    block: torch.Tensor
+    copy: torch.Tensor
+    device: torch.device
+
+    @property
+    def _tokens(self) -> tuple[torch.Tensor, ...]:
+        return self.group, self.row, self.clean, self.block, self.copy
+
+    @cached_property
+    def masks(self) -> list[torch.Tensor | None]:
+        """Per segment its boolean mask `(1, 1, q, k)`, `True` = may attend, or `None` where every key is visible."""
+        tokens = [x.numpy() for x in self._tokens]
+        segments = np.split(np.arange(len(self.group)), np.cumsum(self.sizes)[:-1])
+        masks = []
+        for queries, keys in zip(segments, self.keys, strict=True):
+            keys = np.concatenate([segments[i] for i in keys])
+            masks.append(_visible(tuple(x[queries, None] for x in tokens), tuple(x[None, keys] for x in tokens)))
+        needed = [mask for mask in masks if not mask.all()]
+        # One transfer to the device for all of them.
+        flat = torch.from_numpy(np.concatenate([mask.ravel() for mask in needed] or [np.zeros(0, bool)]))
+        cut = iter(flat.to(self.device).split([mask.size for mask in needed]))
+        return [None if mask.all() else next(cut).view(1, 1, *mask.shape) for mask in masks]
+
+    def dense(self) -> torch.Tensor:
+        """The same visibility as one boolean mask `(1, 1, N, N)`: the reference, and the mask of eager attention."""
+        tokens = self._tokens
+        mask = _visible(tuple(x[:, None] for x in tokens), tuple(x[None, :] for x in tokens))
+        return mask[None, None].to(self.device)
+
+    def block_mask(self, device: torch.device | str | None = None):
+        """The same visibility as a `BlockMask` for FlexAttention."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        device = self.device if device is None else device
+        tokens = tuple(x.to(device) for x in self._tokens)
+
+        def mask_mod(batch, head, q_index, k_index):
+            return _visible(tuple(x[q_index] for x in tokens), tuple(x[k_index] for x in tokens))
+
+        length = len(self.group)
+        return create_block_mask(mask_mod, None, None, length, length, device=str(device))
+
+
+@dataclass
+class PackedRounds:
+    r"""
+    One forward pass that scores every round of a micro-batch.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(1, N)`):
+            Per group of rows the full blocks of their prompt, then per row the clean rest and its noisy copies.
+        position_ids (`torch.LongTensor` of shape `(1, N)`):
+            Positions in the row's sequence without its padding; a noisy copy has those of its clean block.
+        plan ([`AttentionPlan`]):
+            Who attends to whom.
+        score_index (`torch.LongTensor` of shape `(n,)`):
+            Where in the `N` tokens the logits of each scored token are read.
+        labels (`torch.LongTensor` of shape `(n,)`):
+            The scored tokens.
+        index (`tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]`, each of shape `(n,)`):
+            Round, row and response column of each scored token.
+        shape (`tuple[int, int, int]`):
+            Number of rounds, rows and response columns.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    plan: AttentionPlan
+    score_index: torch.Tensor
+    labels: torch.Tensor
+    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    shape: tuple[int, int, int]
+
+    def scatter(self, values: torch.Tensor) -> torch.Tensor:
+        """Values `(n,)` of the scored tokens as `(num_rounds, B, R)`, 0 elsewhere. Differentiable."""
+        return values.new_zeros(self.shape).index_put(self.index, values)
+
+
+class _Sequence:
+    """The flat sequence under construction: token columns and segments."""
+
+    def __init__(self):
+        self.columns: list[np.ndarray] = []  # each (7, m): id, position, group, row, clean, block, copy
+        self.sizes: list[int] = []
+        self.keys: list[list[int]] = []
+        self.blocks: list[tuple[int, int]] = []  # first and last block of each segment
+        self.length = 0
+        self.num_copies = 0
+
+    def add(
+        self, ids, positions, group: int, row: int, units: np.ndarray, clean: bool, context: list[int], block_length
+    ):
+        """
+        Appends tokens, cut into segments of whole `units` (lengths of blocks or copies); returns the segments.
+
+        A clean segment sees `context` and the segments of its own kind up to itself, a noisy one the segments of
+        `context` that begin before its last block, and itself.
+        """
+        if not len(ids):
+            return []
+        target = CLEAN_SEGMENT if clean else NOISY_SEGMENT
+        blocks = positions // block_length
+        copies = np.full(len(ids), -1) if clean else np.repeat(np.arange(len(units)), units) + self.num_copies
+        whole = np.full((3, len(ids)), [[group], [row], [clean]])
+        self.columns.append(np.stack([ids, positions, *whole, blocks, copies]))
+        self.num_copies += 0 if clean else len(units)
+        self.length += len(ids)
+
+        # Balanced: every segment takes the units that begin in its share of the tokens.
+        count = max(1, round(len(ids) / target))
+        starts = np.cumsum(units) - units
+        sizes = np.bincount(starts * count // len(ids), weights=units, minlength=count).astype(int)
+        ends = np.cumsum(sizes)
+        added = []
+        for size, end in zip(sizes.tolist(), ends.tolist(), strict=True):
+            if not size:
+                continue
+            me, last = len(self.sizes), int(blocks[end - 1])
+            seen = context + added if clean else [i for i in context if self.blocks[i][0] < last]
+            self.sizes.append(size)
+            self.blocks.append((int(blocks[end - size]), last))
+            self.keys.append([*seen, me])
+            added.append(me)
+        return added
+
+
+def _units(start: int, end: int, block_length: int) -> np.ndarray:
+    """Lengths of the blocks of positions `start..end`, where `start` begins a block."""
+    return np.diff(np.append(np.arange(start, end, block_length), end)) if end > start else np.zeros(0, int)
+
+
+def pack_rounds(
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    canvas_ids: torch.Tensor,
+    canvas_mask: torch.Tensor,
+    rounds: list[Round],
+    *,
+    block_length: int,
+    mask_token_id: int,
+    logit_shift: int = 0,
+    share_prompts: bool = True,
+) -> PackedRounds:
+    r"""
+    Lays the rounds of a micro-batch out in one flat sequence without padding.
+
+    A group of rows with the same prompt holds the full blocks of that prompt once. Each of its rows then holds its
+    clean rest (the prompt's remainder and the canvas) up to the block before its last scored one, which no token
+    reads, and one noisy copy of a block for each round that scores a token there. Rows without a scored token are
+    left out.
+
+    Args:
+        prompt_ids (`torch.LongTensor` of shape `(B, P)`):
+            Prompts, padded anywhere.
+        prompt_mask (`torch.Tensor` of shape `(B, P)`):
+            1 for prompt tokens.
+        canvas_ids (`torch.LongTensor` of shape `(B, R)`):
+            The clean response, with every token that was context of another.
+        canvas_mask (`torch.Tensor` of shape `(B, R)`):
+            1 where the position exists for the row.
+        rounds (`list[Round]`):
+            Which positions are masked and which of them are scored, `(B, R)` each.
+        block_length (`int`):
+            Tokens denoised together. The grid is anchored at token 0 of each row without its padding.
+        mask_token_id (`int`):
+            Token that stands for a masked position.
+        logit_shift (`int`, *optional*, defaults to `0`):
+            1 where the model predicts a token at the position before it.
+        share_prompts (`bool`, *optional*, defaults to `True`):
+            Whether rows with the same prompt share its full blocks.
+
+    Returns:
+        [`PackedRounds`]: The packed forward pass.
+    """
+    if block_length < 1:
+        raise ValueError(f"`block_length` must be at least 1, but is {block_length}.")
+    num_rows, num_columns = canvas_ids.shape
+    prompts, canvases = prompt_ids.cpu().numpy(), canvas_ids.cpu().numpy()
+    real, exists = prompt_mask.bool().cpu().numpy(), canvas_mask.bool().cpu().numpy()
+    empty = np.zeros((0, num_rows, num_columns), bool)
+    masked = torch.stack([r.masked for r in rounds]).cpu().numpy() if rounds else empty
+    scored = torch.stack([r.scored for r in rounds]).cpu().numpy() if rounds else empty
+    if (scored & ~exists).any():
+        raise ValueError("`rounds` score positions that do not exist in `canvas_mask`.")
+
+    kept = scored.any(axis=(0, 2))
+    nothing = not kept.any()
+    if nothing:
+        kept = np.arange(num_rows) == 0  # something to run the model on, so that every process runs as many forwards
+    groups: dict[bytes | int, list[int]] = {}
+    for row in np.flatnonzero(kept).tolist():
+        groups.setdefault(prompts[row][real[row]].tobytes() if share_prompts else row, []).append(row)
+
+    sequence = _Sequence()
+    score_index, found = [], []
+    for group, rows in enumerate(groups.values()):
+        prompt = prompts[rows[0]][real[rows[0]]]
+        shared = len(prompt) // block_length * block_length
+        if nothing:
+            prompt, shared = prompt[:1], 0
+        prompt_start = sequence.length
+        prompt_units = _units(0, shared, block_length)
+        head = sequence.add(prompt[:shared], np.arange(shared), group, -1, prompt_units, True, [], block_length)
+        for row in rows:
+            columns = np.flatnonzero(exists[row])
+            tokens = np.concatenate([prompt, canvases[row, columns]])
+            if nothing:
+                if not len(tokens):
+                    raise ValueError("Row 0 of the batch is empty: there is nothing to run the model on.")
+                sequence.add(tokens[:1], np.arange(1), group, row, np.ones(1, int), True, [], block_length)
+                continue
+
+            # The copies, sorted by block: those (block, round) that score something.
+            block_of = (len(prompt) + np.arange(len(columns))) // block_length
+            first = np.flatnonzero(np.diff(block_of, prepend=-1))
+            scores = np.logical_or.reduceat(scored[:, row, columns], first, axis=1)
+            which, copy_round = np.nonzero(scores.T)
+            copy_block = block_of[first][which]
+            start = copy_block * block_length
+            units = np.minimum(start + block_length, len(tokens)) - start
+            token_round = np.repeat(copy_round, units)
+            positions = np.arange(units.sum()) + np.repeat(start - (np.cumsum(units) - units), units)
+
+            # The clean tokens they see.
+            clean_end = int(copy_block[-1]) * block_length
+            clean_units = _units(shared, clean_end, block_length)
+            clean_start = sequence.length
+            clean_positions = np.arange(shared, clean_end)
+            clean = sequence.add(
+                tokens[shared:clean_end], clean_positions, group, row, clean_units, True, head, block_length
+            )
+
+            noisy = tokens[positions]
+            answer = positions >= len(prompt)
+            column = columns[np.where(answer, positions - len(prompt), 0)]
+            noisy[answer & masked[token_round, row, column]] = mask_token_id
+            noisy_start = sequence.length
+            sequence.add(noisy, positions, group, row, units, False, head + clean, block_length)
+
+            hits = np.flatnonzero(answer & scored[token_round, row, column])
+            read = hits + noisy_start
+            if logit_shift:
+                before = positions[hits] - 1
+                if (before < 0).any():
+                    raise ValueError(
+                        f"Row {row} scores its very first token, which a model with `logit_shift=1` cannot predict: "
+                        "give the row a prompt."
+                    )
+                clean_read = np.where(before < shared, prompt_start + before, clean_start + before - shared)
+                read = np.where(positions[hits] % block_length, read - 1, clean_read)
+            score_index.append(read)
+            found.append(np.stack([token_round[hits], np.full(len(hits), row), column[hits]]))
+
+    device = canvas_ids.device
+    found = np.concatenate(found, axis=1) if found else np.zeros((3, 0), int)
+    score_index = np.concatenate(score_index) if score_index else np.zeros(0, int)
+    table = torch.from_numpy(np.concatenate(sequence.columns, axis=1))
+    ids, positions, group, row, clean, block, copy = table
+    plan = AttentionPlan(sequence.sizes, sequence.keys, group, row, clean.bool(), block, copy, device)
+    index = tuple(torch.from_numpy(found).to(device))
+    return PackedRounds(
+        input_ids=ids[None].to(device),
+        position_ids=positions[None].to(device),
+        plan=plan,
+        score_index=torch.from_numpy(score_index).to(device),
+        labels=canvas_ids[index[1], index[2]],
+        index=index,
+        shape=(len(rounds), num_rows, num_columns),
+    )
