@@ -1,0 +1,168 @@
+"""Generation parameters of diffusion language models: checked, saved to and loaded from `generation_config.json`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .samplers import SAMPLERS
+
+
+# Names other code bases use, and ours. Passing one raises an error that says the new name.
+RENAMED = {
+    "block_size": "block_length",
+    "canvas_length": "block_length",
+    "gen_length": "max_new_tokens",
+    "max_gen_length": "max_new_tokens",
+    "max_token": "max_new_tokens",
+    "max_tokens": "max_new_tokens",
+    "steps": "denoising_steps (per block; LLaDA's `steps` is the total)",
+    "steps_per_block": "denoising_steps",
+    "max_denoising_steps": "denoising_steps",
+    "diffusion_steps": "denoising_steps",
+    "remasking": "remasking_strategy",
+    "alg": "remasking_strategy",
+    "threshold": "confidence_threshold",
+    "dynamic_threshold": "confidence_threshold",
+    "mask_id": "mask_token_id",
+    "cfg": "cfg_scale",
+    "further_horizon": "refresh_interval",
+    "stopping_criteria_idx": "eos_token_id",
+}
+SCHEDULES = ("even", "dream")
+CACHES = ("exact", "none", "prefix", "dual")
+
+
+def reject_renamed(names: Any) -> None:
+    """Raises a `ValueError` that says our name for every argument that other code bases call differently."""
+    for name in names:
+        if name in RENAMED:
+            raise ValueError(f"`{name}` is not an argument here; use `{RENAMED[name]}`.")
+
+
+class DiffusionGenerationConfig(GenerationConfig):
+    r"""
+    Parameters of [`DiffusionGenerationMixin.generate`]. Everything of [`~transformers.GenerationConfig`] that makes sense
+    for a diffusion language model (`max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, special
+    tokens, ...) keeps its name and meaning.
+
+    Args:
+        block_length (`int`, *optional*):
+            Tokens denoised together. `None` takes the model's `config.block_size`.
+        denoising_steps (`int`, *optional*):
+            Upper bound of denoising steps *per block*. `None` takes `block_length`.
+        remasking_strategy (`str` or `Callable`, *optional*):
+            Which masked tokens are committed in a step: `"sequential"`, `"low_confidence_static"`,
+            `"low_confidence_dynamic"`, `"random"`, `"entropy"`, `"margin"`, `"entropy_bound"`, or a function with the
+            signature of those in `dllm_trl.generation.samplers`.
+        confidence_threshold (`float`, *optional*):
+            Probability in [0, 1] above which `"low_confidence_dynamic"` commits.
+        entropy_bound (`float`, *optional*):
+            Bound in nats of `"entropy_bound"` ([Ben-Hamu et al., 2025](https://huggingface.co/papers/2505.24857)).
+        denoising_schedule (`str`, *optional*):
+            Quota of a step: `"even"` (block width // steps, the remainder to the earliest steps) or `"dream"`
+            (`int(masked * (1 - s / t))` on `linspace(1, 1e-3, steps + 1)`, what is left on the last step).
+        mask_token_id (`int`, *optional*):
+            Id of the mask token. `None` takes the model's `config.mask_token_id`. Never sampled.
+        seed (`int`, *optional*):
+            Seed of the sampling. `None` draws one from torch's default generator.
+        cache (`str`, *optional*):
+            `"exact"` for block families, which always decode with the exact cache.
+
+    Raises:
+        ValueError: a value is out of its range, or an argument goes by another name here.
+    """
+
+    def __init__(self, **kwargs):
+        reject_renamed(kwargs)
+        self.block_length: int | None = kwargs.pop("block_length", None)
+        self.denoising_steps: int | None = kwargs.pop("denoising_steps", None)
+        self.remasking_strategy: str | Callable | None = kwargs.pop("remasking_strategy", None)
+        self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
+        self.entropy_bound: float | None = kwargs.pop("entropy_bound", None)
+        self.denoising_schedule: str | None = kwargs.pop("denoising_schedule", None)
+        self.mask_token_id: int | None = kwargs.pop("mask_token_id", None)
+        self.seed: int | None = kwargs.pop("seed", None)
+        self.cache: str | None = kwargs.pop("cache", None)
+        super().__init__(**kwargs)
+
+    def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        for name in ("block_length", "denoising_steps"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
+        if isinstance(self.remasking_strategy, str) and self.remasking_strategy not in SAMPLERS:
+            raise ValueError(
+                f"`remasking_strategy` must be one of {sorted(SAMPLERS)} or a function, but is "
+                f"{self.remasking_strategy!r}."
+            )
+        if self.confidence_threshold is not None and not 0 <= self.confidence_threshold <= 1:
+            raise ValueError(
+                f"`confidence_threshold` is a probability and must lie in [0, 1], but is {self.confidence_threshold!r}."
+            )
+        if self.entropy_bound is not None and self.entropy_bound < 0:
+            raise ValueError(f"`entropy_bound` must be at least 0 nats, but is {self.entropy_bound!r}.")
+        if self.denoising_schedule is not None and self.denoising_schedule not in SCHEDULES:
+            raise ValueError(f"`denoising_schedule` must be one of {SCHEDULES}, but is {self.denoising_schedule!r}.")
+        if self.cache is not None and self.cache not in CACHES:
+            raise ValueError(f"`cache` must be one of {CACHES}, but is {self.cache!r}.")
+        if self.temperature is not None and self.temperature < 0:
+            raise ValueError(f"`temperature` must be at least 0 (0 is greedy), but is {self.temperature!r}.")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
+            raise ValueError(f"`top_k` must be an integer of at least 0 (0 is off), but is {self.top_k!r}.")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], but is {value!r}.")
+        if self.num_beams is not None and self.num_beams > 1:
+            raise ValueError("Beam search is not defined for diffusion language models: leave `num_beams` unset.")
+        # Stock `validate` calls a temperature without `do_sample` a mistake, and refuses several return sequences then.
+        # Here an explicit temperature samples, and `generate` resolves which of the two holds.
+        do_sample, self.do_sample = self.do_sample, True
+        try:
+            super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        finally:
+            self.do_sample = do_sample
+
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        return {
+            "max_new_tokens": 256,
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "repetition_penalty": 1.0,
+            "num_return_sequences": 1,
+            "return_dict_in_generate": False,
+            "remasking_strategy": "low_confidence_dynamic",
+            "confidence_threshold": 0.9,
+            "entropy_bound": 0.1,
+            "denoising_schedule": "even",
+        }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # Published diffusion checkpoints carry `_from_model_config: true` in generation_config.json, which makes the base
+        # class drop every key it does not know; and keys in the vocabulary of their own code, which we keep as they are.
+        config_dict = {key: value for key, value in config_dict.items() if key != "_from_model_config"}
+        foreign = {key: config_dict.pop(key) for key in list(config_dict) if key in RENAMED}
+        return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        for key, value in foreign.items():
+            setattr(config, key, value)
+        return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def from_model_config(cls, model_config):
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+        values = model_config if isinstance(model_config, dict) else model_config.to_dict()
+        config = cls(**{name: values[name] for name in names if name in values}, _from_model_config=True)
+        # transformers reads this hash to tell whether somebody touched the config by hand
+        config._original_object_hash = hash(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        if callable(self.remasking_strategy):
+            output["remasking_strategy"] = self.remasking_strategy.__name__
+        return output

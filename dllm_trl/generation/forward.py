@@ -1,0 +1,89 @@
+"""
+The forward of decoding, over units of one block each: `W` consecutive tokens of a row, whose queries all see the same
+keys of that row. [`StockForward`] runs the model's own modules and works for every family, LoRA, quantisation and hooks;
+[`FusedForward`](fused_forward.py) is the fast one for plain llama-like decoders. `make_forward` picks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from .cache import Prefix, SlotCache, SlotView
+from .fused_forward import FusedForward
+
+
+@dataclass
+class Units:
+    r"""
+    One decode forward: first the block being denoised of every row in flight, then the finished blocks to be committed.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(U, W)`):
+            Tokens.
+        positions (`torch.LongTensor` of shape `(U, W)`):
+            Pad-free positions.
+        slots (`torch.LongTensor` of shape `(U,)`):
+            Row of the cache. The first `rows` units belong to slots `0 .. rows - 1`.
+        visible (`torch.LongTensor` of shape `(U,)`):
+            Keys `[0, visible)` of the row are seen.
+        rows (`int`):
+            Rows in flight, `A`.
+        length (`int`):
+            Largest `visible`.
+        read (`torch.LongTensor` of shape `(n,)`):
+            Which of the first `A * W` tokens need logits.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    visible: torch.Tensor
+    rows: int
+    length: int
+    read: torch.Tensor
+
+
+class StockForward:
+    """Decoding with the model's own modules: the reference, and the path for models that were wrapped or changed."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def prefill(self, prompts: list[torch.Tensor], block_length: int) -> list[Prefix]:
+        """Keys and values of whole-block prompts, one after another."""
+        prefixes = []
+        for ids in prompts:
+            if len(ids) == 0:
+                prefixes.append(Prefix([], [], 0))
+                continue
+            cache = DynamicCache(config=self.model.config)
+            self.model.base_model(
+                input_ids=ids[None], past_key_values=cache, use_cache=True, block_length=block_length
+            )
+            layers = cache.layers
+            prefixes.append(Prefix([x.keys[0] for x in layers], [x.values[0] for x in layers], len(ids)))
+        return prefixes
+
+    def step(self, units: Units, cache: SlotCache) -> torch.Tensor:
+        keys = torch.arange(units.length, device=units.ids.device)
+        mask = (keys < units.visible[:, None])[:, None, None]  # (U, 1, 1, K)
+        hidden = self.model.base_model(
+            input_ids=units.ids,
+            position_ids=units.positions,
+            attention_mask=mask.expand(-1, 1, units.ids.size(1), -1),
+            past_key_values=SlotView(cache, units.slots, units.positions, units.length),
+            use_cache=True,
+        ).last_hidden_state
+        return self.model.get_output_embeddings()(hidden.flatten(0, 1)[units.read])
+
+
+def make_forward(model: nn.Module, fused: bool | None = None) -> "StockForward | FusedForward":
+    """The fastest forward that computes what `model` computes; `fused` forces one of the two."""
+    supported = FusedForward.supports(model)
+    if fused and not supported:
+        raise ValueError(
+            f"The fused decode forward does not cover {type(model).__name__} as it is; leave `fused` unset."
+        )
+    return FusedForward(model) if (supported if fused is None else fused) else StockForward(model)

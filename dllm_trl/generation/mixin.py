@@ -1,0 +1,391 @@
+"""`model.generate` for diffusion language models, with the arguments, checks and return values of transformers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
+from transformers.utils import ModelOutput
+
+from ..types import DiffusionRollout
+from .configuration import DiffusionGenerationConfig, reject_renamed
+from .engine import DecodingPlan, decode
+from .samplers import SAMPLERS
+
+
+@dataclass
+class DiffusionGenerateOutput(ModelOutput):
+    r"""
+    Output of [`DiffusionGenerationMixin.generate`] with `return_dict_in_generate=True`.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, P+R)`):
+            Prompt and response, padded with `pad_token_id` after EOS.
+        canvas_ids (`torch.LongTensor` of shape `(B, R)`):
+            The row's context, also what was committed after EOS in EOS's block; `pad_token_id` elsewhere.
+        canvas_mask (`torch.LongTensor` of shape `(B, R)`):
+            1 where the position existed for the row.
+        step_map (`torch.LongTensor` of shape `(B, R)`):
+            Denoising step (from 0) at which each token was committed, -1 where nothing was.
+        logprobs (`torch.FloatTensor` of shape `(B, R)`):
+            Log-softmax over the whole vocabulary of logits / temperature of each committed token when it was committed,
+            before processors and filters (temperature 1 when greedy); 0 where nothing was.
+        num_forward_passes (`torch.LongTensor` of shape `(B,)`):
+            Denoising forwards whose result the row used.
+        tokens_per_forward (`float`):
+            Committed tokens / denoising forwards, over the batch.
+    """
+
+    sequences: torch.LongTensor | None = None
+    canvas_ids: torch.LongTensor | None = None
+    canvas_mask: torch.LongTensor | None = None
+    step_map: torch.LongTensor | None = None
+    logprobs: torch.FloatTensor | None = None
+    num_forward_passes: torch.LongTensor | None = None
+    tokens_per_forward: float | None = None
+
+
+def _quotas(config: DiffusionGenerationConfig) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    width, steps = config.block_length, config.denoising_steps
+    if config.denoising_schedule == "even":
+        return lambda step, masked: np.where(step < steps, width // steps + (step < width % steps), masked)
+    times = np.linspace(1, 1e-3, steps + 1)
+
+    def dream(step: np.ndarray, masked: np.ndarray) -> np.ndarray:
+        step = np.minimum(step, steps - 1)
+        share = 1 - times[step + 1] / times[step]
+        return np.where(step == steps - 1, masked, (masked * share).astype(np.int64))
+
+    return dream
+
+
+def _ids(value: Any) -> list[int]:
+    return [] if value is None else np.atleast_1d(np.asarray(value)).tolist()
+
+
+class DiffusionGenerationMixin(GenerationMixin):
+    """Puts block diffusion decoding behind `generate`. Mixed into the `*ForCausalLM` class of every family."""
+
+    generation_config_class = DiffusionGenerationConfig
+
+    def adjust_generation_fn(
+        self,
+        generation_config,
+        from_auto_class,
+        from_pipeline,
+        pretrained_model_name_or_path,
+        cache_dir,
+        force_download,
+        proxies,
+        local_files_only,
+        token,
+        revision,
+        subfolder,
+        trust_remote_code,
+        **kwargs,
+    ):
+        # The stock method loads generation_config.json into the stock class, which knows none of the diffusion fields.
+        if generation_config is not None:
+            self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
+        elif pretrained_model_name_or_path is not None:
+            try:
+                self.generation_config = self.generation_config_class.from_pretrained(
+                    pretrained_model_name_or_path,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    proxies=proxies,
+                    local_files_only=local_files_only,
+                    token=token,
+                    revision=revision,
+                    subfolder=subfolder,
+                    _from_auto=from_auto_class,
+                    _from_pipeline=from_pipeline,
+                    **kwargs,
+                )
+            except OSError:
+                pass  # no generation_config.json: the one made from the model's config stays
+
+    def _resolve_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs
+    ) -> tuple[DiffusionGenerationConfig, dict[str, Any]]:
+        """
+        Call kwargs > passed config > the checkpoint's `generation_config.json` > the model's config > the library. Returns
+        the config with every field set and the kwargs that are none of its fields.
+        """
+        reject_renamed(kwargs)
+        passed = {} if generation_config is None else generation_config.to_dict()
+        own = self.generation_config.to_dict()
+        # An explicit temperature without `do_sample` samples: the highest of the sources that names either one decides
+        do_sample = False
+        for source in (kwargs, passed, own):
+            if source.get("do_sample") is not None:
+                do_sample = source["do_sample"]
+                break
+            if source.get("temperature") is not None:
+                do_sample = source["temperature"] > 0
+                break
+        config = DiffusionGenerationConfig()
+        unused = config.update(**kwargs)
+        given = {key for key in kwargs if key not in unused and kwargs[key] is not None}
+        for source in (passed, own):
+            # one length limit, from the highest source that names one
+            lengths = {"max_new_tokens", "max_length"} & given
+            source = {
+                k: v
+                for k, v in source.items()
+                if v is not None and not (lengths and k.startswith("max_") and k in ("max_new_tokens", "max_length"))
+            }
+            config.update(**source, defaults_only=True, allow_custom_entries=True)
+            given |= set(source)
+        defaults = config._get_default_generation_params()
+        if config.max_length is not None:
+            defaults.pop("max_new_tokens")
+        config.update(**defaults, defaults_only=True)
+        if config.block_length is None:
+            config.block_length = self.config.block_size
+        if config.denoising_steps is None:
+            config.denoising_steps = config.block_length
+        if config.mask_token_id is None:
+            config.mask_token_id = self.config.mask_token_id
+        config.do_sample = bool(do_sample) and config.temperature > 0
+        if config.eos_token_id is None:
+            config.eos_token_id = self.config.eos_token_id
+        if config.pad_token_id is None:
+            eos = [token for token in _ids(config.eos_token_id) if token >= 0]
+            config.pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else (eos or [0])[0]
+        if config.cache not in (None, "exact"):
+            raise ValueError(
+                f"`cache={config.cache!r}` is for full-attention families. {type(self).__name__} decodes block by block with "
+                "an exact cache; leave `cache` unset."
+            )
+        config.validate()
+        return config, unused
+
+    def _decoding_plan(
+        self,
+        config: DiffusionGenerationConfig,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        tokenizer=None,
+    ) -> DecodingPlan:
+        device = self.get_input_embeddings().weight.device
+        if config.mask_token_id is None:
+            raise ValueError(
+                "The model's config has no `mask_token_id`. Pass `mask_token_id=` to `generate` or set it in the config."
+            )
+        warpers = LogitsProcessorList()
+        if config.do_sample and config.top_k:
+            warpers.append(TopKLogitsWarper(config.top_k))
+        if config.do_sample and config.top_p < 1:
+            warpers.append(TopPLogitsWarper(config.top_p))
+        if config.do_sample and config.min_p:
+            warpers.append(MinPLogitsWarper(config.min_p))
+        processors = LogitsProcessorList(logits_processor or [])
+        if config.repetition_penalty != 1:
+            processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if config.max_time is not None:
+            criteria.append(MaxTimeCriteria(config.max_time))
+        if config.stop_strings is not None:
+            if tokenizer is None:
+                raise ValueError("`stop_strings` needs the tokenizer: pass `tokenizer=` to `generate`.")
+            criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+        seed = config.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        suppressed = sorted({config.mask_token_id, *_ids(config.suppress_tokens)})
+        strategy = config.remasking_strategy
+        return DecodingPlan(
+            block_length=config.block_length,
+            quotas=_quotas(config),
+            sampler=SAMPLERS[strategy] if isinstance(strategy, str) else strategy,
+            confidence_threshold=config.confidence_threshold,
+            entropy_bound=config.entropy_bound,
+            temperature=config.temperature if config.do_sample else 0.0,
+            warpers=warpers,
+            processors=processors,
+            stopping=(lambda ids: bool(criteria(ids, None).all())) if criteria else None,
+            suppressed=torch.tensor(suppressed, device=device),
+            mask_token_id=config.mask_token_id,
+            pad_token_id=config.pad_token_id,
+            eos_token_ids=np.array(_ids(config.eos_token_id), dtype=np.int64),
+            seed=seed,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer=None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.LongTensor | DiffusionGenerateOutput:
+        r"""
+        Generates responses by block diffusion: blocks of `block_length` tokens left to right, each denoised in at most
+        `denoising_steps` forwards, with an exact key/value cache. See [`Decoder`] for the loop.
+
+        Args:
+            inputs or input_ids (`torch.LongTensor` of shape `(B, P)`):
+                Prompts, left-padded where `attention_mask` is 0.
+            generation_config ([`~transformers.GenerationConfig`], *optional*):
+                Parameters; keyword arguments win over it, it wins over the checkpoint's `generation_config.json`.
+            logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
+                Called per row with `(n, length)` ids (the row's prompt and committed tokens, once per masked position) and
+                `(n, V)` scores.
+            stopping_criteria ([`~transformers.StoppingCriteriaList`], *optional*):
+                Called per row at the end of a block; the row ends there.
+            streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
+                Receives the prompt, then each finished block (`put`), and after each step the block being denoised
+                (`put_draft`, if it has one). One prompt at a time.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*):
+                1 for tokens, 0 for padding.
+            kwargs:
+                Fields of [`DiffusionGenerationConfig`], and `tokenizer` for `stop_strings`.
+
+        Returns:
+            [`DiffusionGenerateOutput`] or `torch.LongTensor` of shape `(B, P+R)`: prompt and response.
+
+        Raises:
+            ValueError: an argument is unknown, out of range, or not defined for diffusion decoding.
+        """
+        inputs = kwargs.pop("input_ids", inputs)
+        for name in ("assistant_model", "inputs_embeds", "prompt_lookup_num_tokens", "custom_generate"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"`{name}` is not supported by diffusion decoding; leave it out.")
+        if inputs is None:
+            raise ValueError("`input_ids` is required: a LongTensor of shape (batch, prompt length).")
+        if inputs.dim() != 2:
+            raise ValueError(f"`input_ids` must have shape (batch, prompt length), but has {tuple(inputs.shape)}.")
+        for name in ("synced_gpus", "use_cache", "disable_compile", "use_model_defaults"):
+            kwargs.pop(name, None)  # accepted for transformers' callers; they change nothing here
+        tokenizer = kwargs.pop("tokenizer", None)
+        config, unused = self._resolve_generation_config(generation_config, **kwargs)
+        if unused:
+            raise ValueError(f"`generate` got unknown arguments {sorted(unused)}; check their spelling.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(inputs)
+        if attention_mask.shape != inputs.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids`, {tuple(inputs.shape)}, but has "
+                f"{tuple(attention_mask.shape)}."
+            )
+        if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
+            raise ValueError("`attention_mask` must be left-padded: 0s, then 1s. Set `padding_side='left'`.")
+        limit = config.max_new_tokens if config.max_new_tokens is not None else config.max_length - inputs.size(1)
+        if limit < 1:
+            raise ValueError(
+                f"`max_length` ({config.max_length}) leaves no room after a prompt of {inputs.size(1)} tokens; pass "
+                "`max_new_tokens`."
+            )
+        if streamer is not None and inputs.size(0) * config.num_return_sequences > 1:
+            raise ValueError("`streamer` works with one prompt and one response at a time.")
+        if config.num_return_sequences > 1 and not config.do_sample:
+            raise ValueError(
+                "`num_return_sequences` > 1 needs sampling: pass `do_sample=True` or a `temperature` above 0."
+            )
+        plan = self._decoding_plan(config, logits_processor, stopping_criteria, tokenizer)
+        prompts = [row[mask.bool()].numpy() for row, mask in zip(inputs.cpu(), attention_mask.cpu(), strict=True)]
+        self._check_prompts(prompts, [limit] * len(prompts))
+        if streamer is not None:
+            streamer.put(inputs.cpu())
+        rollout = decode(self, prompts, [limit] * len(prompts), plan, config.num_return_sequences, streamer=streamer)
+        if streamer is not None:
+            streamer.end()
+        rollout = rollout.to(inputs.device)
+        expanded = inputs.repeat_interleave(config.num_return_sequences, dim=0)
+        sequences = torch.cat([expanded, rollout.completion_ids], dim=1)
+        longest = int(rollout.completion_mask.sum(-1).max())
+        if not config.return_dict_in_generate:
+            return sequences[:, : inputs.size(1) + longest]
+        return DiffusionGenerateOutput(
+            sequences=sequences,
+            canvas_ids=rollout.canvas_ids,
+            canvas_mask=rollout.canvas_mask,
+            step_map=rollout.step_map,
+            logprobs=rollout.logprobs,
+            num_forward_passes=rollout.num_forward_passes,
+            tokens_per_forward=rollout.tokens_per_forward,
+        )
+
+    def _check_prompts(self, prompts: list[np.ndarray], limits: list[int]) -> None:
+        context = self.config.max_position_embeddings
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            if len(prompt) == 0:
+                raise ValueError(f"Prompt {i} is empty: a prompt needs at least one token.")
+            if len(prompt) + limit > context:
+                raise ValueError(
+                    f"Prompt {i} has {len(prompt)} tokens and `max_new_tokens` is {limit}, more than the model's context of "
+                    f"{context}. Shorten the prompt or lower `max_new_tokens`."
+                )
+
+
+def generate_rollouts(
+    model,
+    prompts: list[list[int]],
+    generation_config: GenerationConfig | None = None,
+    num_generations: int = 1,
+    max_new_tokens: int | list[int] | None = None,
+    num_slots: int | None = None,
+    seed: int | None = None,
+    index_offset: int = 0,
+    fused: bool | None = None,
+) -> DiffusionRollout:
+    r"""
+    Many ragged prompts through a fixed number of slots: a slot takes the next row as soon as its row ends, and the prompt
+    of a group is computed once.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A diffusion language model.
+        prompts (`list[list[int]]`):
+            Token ids, without padding. Equal prompts share one prefill.
+        generation_config ([`~transformers.GenerationConfig`], *optional*):
+            Parameters, over those of the checkpoint.
+        num_generations (`int`, *optional*, defaults to `1`):
+            Responses per prompt, adjacent in the result.
+        max_new_tokens (`int` or `list[int]`, *optional*):
+            Limit of all rows, or one per prompt; `None` takes the config's.
+        num_slots (`int`, *optional*):
+            Rows in flight at a time, `None` for all. Changes speed and memory, never results.
+        seed (`int`, *optional*):
+            Row `j` of prompt `i` draws from (seed, index_offset + i, j). `None` draws a seed from torch's default generator.
+        index_offset (`int`, *optional*, defaults to `0`):
+            Index of the first prompt, for callers that hold a part of a larger batch.
+        fused (`bool`, *optional*):
+            Forces the fused (`True`) or the stock (`False`) decode forward; `None` picks.
+
+    Returns:
+        [`DiffusionRollout`]: on CPU, rows in the order of the prompts.
+    """
+    if not prompts:
+        raise ValueError("`prompts` is empty.")
+    for name, value in (("num_generations", num_generations), ("num_slots", num_slots)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, _ = model._resolve_generation_config(generation_config, **({} if seed is None else {"seed": seed}))
+    if max_new_tokens is None:
+        max_new_tokens = config.max_new_tokens
+        if max_new_tokens is None:
+            raise ValueError("`max_length` is ambiguous for ragged prompts; pass `max_new_tokens`.")
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if len(limits) != len(prompts) or min(limits) < 1:
+        raise ValueError("`max_new_tokens` must be at least 1: one number, or a list with one per prompt.")
+    arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+    model._check_prompts(arrays, limits)
+    return decode(model, arrays, limits, model._decoding_plan(config), num_generations, num_slots, index_offset, fused)

@@ -1,0 +1,8 @@
+import torch
+
+from .common import TokenScores, top_quota
+
+
+def sequential(scores: TokenScores, masked: torch.Tensor, quota: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Left to right: the leftmost `quota` masked tokens."""
+    return top_quota(torch.zeros_like(scores.uniform), masked, quota)
