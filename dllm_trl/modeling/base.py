@@ -1,0 +1,221 @@
+"""What every family shares: the config, the backbone that knows the family's attention, the model with its head."""
+
+import copy
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
+
+from dllm_trl._compat import register_lora_targets
+from dllm_trl.generation import DiffusionGenerationMixin
+from dllm_trl.modeling import FAMILIES
+from dllm_trl.modeling.masks import SDPA_PLAN, adapt_mask, block_causal_mask, pad_free_positions
+
+
+# Model type -> names its published config.json may have in `architectures`.
+ARCHITECTURES: dict[str, list[str]] = {}
+
+
+def register_family(
+    config_class: type[PreTrainedConfig], auto_model: type[PreTrainedModel], causal_lm: type[PreTrainedModel]
+) -> None:
+    """
+    Make a family known to the Auto classes.
+
+    Args:
+        config_class (`type[PreTrainedConfig]`):
+            Config of the family.
+        auto_model (`type[PreTrainedModel]`):
+            What the published `auto_map` names as `AutoModel`.
+        causal_lm (`type[PreTrainedModel]`):
+            Model with its head, which `AutoModelForCausalLM` gives.
+    """
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModel.register(config_class, auto_model)
+    AutoModelForCausalLM.register(config_class, causal_lm)
+    ARCHITECTURES[config_class.model_type] = sorted({auto_model.__name__, causal_lm.__name__})
+
+
+def check_diffusion_model(model: torch.nn.Module) -> None:
+    """Raise a `ValueError` that says what is wrong unless `model` is one of our diffusion models with its head."""
+    base = getattr(model, "base_model", None)
+    candidates = (model, getattr(base, "model", None))  # a PeftModel keeps the model in base_model.model
+    if any(isinstance(candidate, DiffusionGenerationMixin) for candidate in candidates):
+        return
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    what = f"`{type(model).__name__}`" + (f" of model type `{model_type}`" if model_type else "")
+    known = ", ".join(f"`{name}`" for name in FAMILIES)
+    why = "has no language model head" if model_type in FAMILIES else "is no diffusion language model"
+    raise ValueError(f"{what} {why}. Load it with `AutoModelForCausalLM` from a checkpoint of one of: {known}.")
+
+
+class DiffusionConfigMixin:
+    r"""
+    Reads a published `config.json` and writes it back so that the public code still reads it right.
+
+    Args:
+        block_size (`int`):
+            Tokens denoised together. Each family declares it with its default where it has blocks.
+        mask_token_id (`int`):
+            The mask token. Each family declares it with its default.
+    """
+
+    diffusion_attention: ClassVar[Literal["block", "full"]] = "block"
+    logit_shift: ClassVar[int] = 0  # 1: position i - 1 predicts token i
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it from every config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        config_dict = copy.deepcopy(config_dict)
+        known, given = ARCHITECTURES[cls.model_type], config_dict.get("architectures") or []
+        if given and not set(given) & set(known):
+            raise ValueError(
+                f"`architectures` {given} of model type `{cls.model_type}` is unknown. Known: {', '.join(known)}."
+            )
+        # Published files select FlexAttention here. Whoever loads the model selects, so it is only kept for saving.
+        config_dict["published_attn_implementation"] = config_dict.pop("attn_implementation", None)
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        # PEFT reads a config like this right before it looks for default target modules.
+        register_lora_targets(self.model_type, ["q_proj", "v_proj"])
+        output = super().to_dict()
+        output.pop("published_attn_implementation", None)
+        # transformers 4 knows only these names, and takes theta 10000 where it does not find its own.
+        rope = dict(output.pop("rope_parameters"))
+        output["rope_theta"] = rope.pop("rope_theta")
+        output["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        output["torch_dtype"] = output.pop("dtype")
+        for published, stored in self.attribute_map.items():
+            output[published] = output.pop(stored)
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        output = super().to_diff_dict()
+        if getattr(self, "published_attn_implementation", None) is not None:
+            output["attn_implementation"] = self.published_attn_implementation
+        return output
+
+
+class DiffusionBackboneMixin:
+    """Puts a family's attention in front of a stock transformers decoder. Mixed in before the decoder's class."""
+
+    def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
+        implementation = super()._check_and_adjust_attn_implementation(*args, **kwargs)
+        return SDPA_PLAN if implementation == "sdpa" else implementation
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        *,
+        block_length: int | None = None,
+        plan=None,
+        score_index: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
+                Tokens.
+            attention_mask (`torch.Tensor`, *optional*):
+                `None` or `(B, past + S)`, 1 for tokens and 0 for padding: the family's own attention. `(B, 1, S, past +
+                S)`, boolean, `True` = may attend: replaces the family's attention, whatever the attention
+                implementation. `{"full_attention": mask}`: prepared for the attention implementation, passed on.
+            position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
+                Positions without padding, which also say where blocks begin. Counted from a 2D mask by default.
+            past_key_values (`Cache`, *optional*):
+                Committed tokens.
+            inputs_embeds (`torch.Tensor` of shape `(B, S, H)`, *optional*):
+                In place of `input_ids`.
+            use_cache (`bool`, *optional*):
+                Whether to return a cache.
+            block_length (`int`, *optional*):
+                Tokens per block, in place of the config's `block_size`.
+            plan ([`AttentionPlan`], *optional*):
+                Who attends to whom in a packed sequence; replaces `attention_mask`.
+            score_index (`torch.LongTensor` of shape `(n,)`, *optional*):
+                Positions among the `B * S` tokens whose hidden states are wanted. `last_hidden_state` becomes `(1, n,
+                H)`, so that a head projects only those.
+        """
+        if inputs_embeds is None:
+            inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+        length = inputs_embeds.shape[1]
+        if position_ids is None:
+            if plan is not None:
+                raise ValueError("A `plan` needs `position_ids`: a packed sequence has no positions of its own.")
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                position_ids = pad_free_positions(attention_mask)[:, -length:]
+            else:
+                past = 0 if past_key_values is None else past_key_values.get_seq_length()
+                position_ids = (torch.arange(length, device=inputs_embeds.device) + past)[None]
+
+        mask, kwargs = self._prepare_mask(
+            inputs_embeds, attention_mask, position_ids, past_key_values, block_length, plan, kwargs
+        )
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if score_index is not None:
+            outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[score_index][None]
+        return outputs
+
+    def _prepare_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values, block_length, plan, kwargs):
+        """The mask for the stock decoder, and the keyword arguments for its layers."""
+        implementation = self.config._attn_implementation
+        if isinstance(attention_mask, dict):
+            attention_mask = attention_mask["full_attention"]
+        prepared = plan is not None or getattr(attention_mask, "ndim", 4) == 4 and attention_mask is not None
+        block = self.config.diffusion_attention == "block"
+        # A caller who knows that every query may see every key (one canvas over a committed cache) says is_causal=False.
+        flash = is_flash_attention_requested(requested_attention_implementation=implementation)
+        if flash and (prepared or (block and kwargs.get("is_causal", True))):
+            raise ValueError(
+                f'attn_implementation="{implementation}" knows no masks but causal ones, and this forward needs another '
+                'one. Load the model with attn_implementation="sdpa" (or "flex_attention" on CUDA), or call '
+                '`model.set_attn_implementation("sdpa")`.'
+            )
+        if plan is not None:
+            if implementation == SDPA_PLAN:
+                # The decoder hands a 4D mask on as it is; the attention function goes by the plan.
+                return inputs_embeds.new_ones(1, 1, 1, 1, dtype=torch.bool), {**kwargs, "plan": plan}
+            if implementation == "flex_attention":
+                return plan.block_mask(inputs_embeds.device), kwargs
+            attention_mask = plan.dense().to(inputs_embeds.device)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+            return adapt_mask(attention_mask, implementation, inputs_embeds.dtype, inputs_embeds.shape[0]), kwargs
+        if prepared or flash:
+            return attention_mask, kwargs
+        if not block:
+            return attention_mask, {**kwargs, "is_causal": False}
+        block_length = self.config.block_size if block_length is None else block_length
+        mask = block_causal_mask(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, block_length
+        )
+        return mask, kwargs
+
+
+class DiffusionCausalLMMixin(DiffusionGenerationMixin):
+    """A family's backbone with its head. Mixed in before the stock class, whose forward it keeps."""
+
+    backbone_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config: PreTrainedConfig):
+        # Not the stock class's __init__, which would build the stock backbone first.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.backbone_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
