@@ -30,6 +30,8 @@ class SlotCache:
 
     def load(self, slot: int, prefix: Prefix) -> None:
         """Starts a row: its prompt's keys and values go to the head of `slot`."""
+        if prefix.length == 0:  # a prompt shorter than one block has nothing to cache
+            return
         for cached, new in zip(self.keys + self.values, prefix.keys + prefix.values, strict=True):
             cached[slot, :, : prefix.length] = new
 
