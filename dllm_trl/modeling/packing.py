@@ -1,4 +1,4 @@
-"""Packs all rounds of a micro-batch into one flat sequence that holds every clean token and every needed block once."""
+"""Packs all rounds of a micro-batch into one flat sequence: clean tokens once, a noisy copy per scored block."""
 
 from dataclasses import dataclass
 from functools import cached_property
