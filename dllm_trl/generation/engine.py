@@ -208,7 +208,7 @@ class Decoder:
         for slot in np.unique(rows).tolist():
             self.rows[slot].commits += 1
         if self.streamer is not None and hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self._tensor(canvas[0][: self.end[0] - start[0]][None]).cpu())
+            self.streamer.put_draft(torch.tensor(canvas[:1, : self.end[0] - start[0]]))
         # From the last slot to the first, so that closing one leaves the smaller slots where they are
         for slot in (~masked.any(-1)).nonzero()[0][::-1].tolist():
             self._advance(slot)
@@ -216,22 +216,22 @@ class Decoder:
     def _sample(self, logits, masked, keys, positions, step, row_of):
         """A token for each masked position, its log-probability, and the scores for the strategy."""
         plan = self.plan
-        if plan.temperature > 0 and plan.temperature != 1:
+        if plan.temperature not in (0, 1):
             logits = logits / plan.temperature
-        normalizer = torch.logsumexp(logits, dim=-1)
-        allowed = logits.index_fill(-1, plan.suppressed, -torch.inf)
+        every = logits.log_softmax(-1)
+        allowed = every.index_fill(-1, plan.suppressed, -torch.inf)
         if plan.processors:
-            allowed = self._process(allowed, row_of)
+            allowed = self._process(logits.index_fill(-1, plan.suppressed, -torch.inf), row_of)
         if plan.temperature > 0:
             if plan.warpers:
                 allowed = plan.warpers(None, allowed)
             tokens = draw(allowed, self._tensor(uniform(keys, positions, step, 0)))
         else:
             tokens = allowed.argmax(-1)
-        log_probs = logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer
-        order = np.zeros(masked.shape, dtype=np.float32)
-        order[masked] = uniform(keys, positions, step, 1)
-        scores = TokenScores(self._tensor(masked), log_probs, logits, normalizer, self._tensor(order))
+        log_probs = every.gather(-1, tokens[:, None]).squeeze(-1)
+        scores = TokenScores(
+            self._tensor(masked), log_probs, every, lambda: self._tensor(uniform(keys, positions, step, 1))
+        )
         return tokens.cpu().numpy(), log_probs.cpu().numpy(), scores
 
     def _process(self, logits: torch.Tensor, row_of: np.ndarray) -> torch.Tensor:

@@ -48,22 +48,35 @@ def _matrix(*linears: nn.Linear, rows: int = 16) -> _Matrix:
     return _Matrix([m.weight.detach() for m in linears], [m.bias for m in linears], rows)
 
 
+class _Norm:
+    """Root mean square norm over the last dimension, with the weight of `norm` or another."""
+
+    def __init__(self, norm: nn.Module, weight: torch.Tensor | None = None):
+        self.weight = (norm.weight if weight is None else weight).detach()
+        self.eps, size = norm.variance_epsilon, self.weight.size(-1)
+        # x / sqrt(mean(x^2) + eps) = sqrt(n) x / hypot(|x|, sqrt(n eps)): four operations in place of six
+        self.scaled, self.root = self.weight * size**0.5, self.weight.new_tensor((size * self.eps) ** 0.5)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(length, self.root) * self.scaled
+
+
 class _Layer:
     def __init__(self, layer: nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
-        self.input_norm, self.output_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.input_norm, self.output_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self.qkv = _matrix(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out = _matrix(attention.o_proj)
         self.heads = attention.q_proj.out_features // attention.head_dim
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
-        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.head_norm = None
-        if q_norm is not None:
-            self.eps = q_norm.variance_epsilon
-            self.head_norm = torch.stack(
-                [q_norm.weight.detach()] * self.heads + [k_norm.weight.detach()] * self.kv_heads
-            )  # (heads + kv_heads, head_dim)
+        if hasattr(attention, "q_norm"):
+            weights = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads
+            self.head_norm = _Norm(attention.q_norm, torch.stack(weights))  # (heads + kv_heads, head_dim)
         self.mlp = mlp
         self.dense = hasattr(mlp, "gate_proj")
         if self.dense:
@@ -71,24 +84,20 @@ class _Layer:
 
     def project(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
         """Normed and rotated queries `(T, heads, d)` and keys, and values `(T, kv_heads, d)`."""
-        qkv = self.qkv(_norm(x, self.input_norm)).view(x.size(0), -1, self.head_dim)
-        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        qkv = self.qkv(self.input_norm(x)).view(x.size(0), -1, self.head_dim)
+        qk, v = torch.split_with_sizes(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.head_norm is not None:
-            qk = F.rms_norm(qk, (self.head_dim,), eps=self.eps) * self.head_norm
+            qk = self.head_norm(qk)
         # rotate_half(x) * sin = roll(x, d / 2) * signed sin
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin)
-        return *qk.split([self.heads, self.kv_heads], dim=1), v
+        return *torch.split_with_sizes(qk, [self.heads, self.kv_heads], dim=1), v
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         x = self.out(attended, add=x)
-        hidden = _norm(x, self.output_norm)
+        hidden = self.output_norm(x)
         if self.dense:
             return self.down(self.up(hidden, mul=self.gate(hidden, silu=True)), add=x)
         return x + self.mlp(hidden[None])[0]
-
-
-def _norm(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    return F.rms_norm(x, (x.size(-1),), norm.weight, norm.variance_epsilon)
 
 
 class FusedForward:
@@ -97,7 +106,7 @@ class FusedForward:
     def __init__(self, model: nn.Module):
         self.backbone, self.config = model.base_model, model.config
         self.layers = [_Layer(layer) for layer in self.backbone.layers]
-        self.head = _matrix(model.get_output_embeddings())
+        self.norm, self.head = _Norm(self.backbone.norm), _matrix(model.get_output_embeddings())
         self.tables = (None, None)
 
     @staticmethod
@@ -179,7 +188,7 @@ class FusedForward:
                 seen = stored_keys[slots, :, : units.length], stored_values[slots, :, : units.length]
                 attended = torch.cat([attended, _attend(q[rows:], *seen, mask[rows:], layer)])
             x = layer.finish(x, attended)
-        return self.head(_norm(x, self.backbone.norm))
+        return self.head(self.norm(x))
 
 
 def _attend(q, k, v, mask, layer: _Layer) -> torch.Tensor:

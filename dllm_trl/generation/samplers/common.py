@@ -1,5 +1,6 @@
 """What the remasking strategies share: the scores of the sampled tokens and the ranking of masked positions."""
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -14,43 +15,46 @@ class TokenScores:
     Args:
         masked (`torch.BoolTensor` of shape `(B, W)`):
             Masked positions, `n` in all, in row-major order.
-        log_probs (`torch.FloatTensor` of shape `(n,)`):
+        token_log_probs (`torch.FloatTensor` of shape `(n,)`):
             Log-probability of the sampled token at each masked position.
-        logits (`torch.FloatTensor` of shape `(n, V)`):
-            Logits divided by the temperature.
-        log_normalizer (`torch.FloatTensor` of shape `(n,)`):
-            Their log-sum-exp.
-        uniform (`torch.FloatTensor` of shape `(B, W)`):
-            A uniform draw in [0, 1) per position, for the strategies that need randomness.
+        log_probs (`torch.FloatTensor` of shape `(n, V)`):
+            Log-probabilities of all tokens.
+        draw (`Callable[[], torch.FloatTensor]`):
+            Uniform draws in [0, 1) for the masked positions, `(n,)`, for the strategies that need randomness.
     """
 
-    def __init__(self, masked, log_probs, logits, log_normalizer, uniform):
-        self.masked, self.log_probs, self.logits, self.log_normalizer = masked, log_probs, logits, log_normalizer
-        self.uniform = uniform
+    def __init__(
+        self,
+        masked: torch.Tensor,
+        token_log_probs: torch.Tensor,
+        log_probs: torch.Tensor,
+        draw: Callable[[], torch.Tensor],
+    ):
+        self.masked, self.token_log_probs, self.log_probs, self.draw = masked, token_log_probs, log_probs, draw
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(self.masked.shape).masked_scatter_(self.masked, values)
 
     @cached_property
     def confidence(self) -> torch.Tensor:
-        return self._spread(self.log_probs.exp())
+        return self._spread(self.token_log_probs.exp())
 
     @cached_property
     def entropy(self) -> torch.Tensor:
-        log_probs = self.logits - self.log_normalizer[:, None]
-        # 0 log 0 = 0: a processor or a checkpoint may set a logit to -inf
-        return self._spread(-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1))
+        # 0 log 0 = 0: a checkpoint may have logits of -inf
+        return self._spread(-(self.log_probs.exp() * self.log_probs).nan_to_num(0.0).sum(-1))
 
     @cached_property
     def margin(self) -> torch.Tensor:
-        top2 = (self.logits.topk(2, dim=-1).values - self.log_normalizer[:, None]).exp()
-        return self._spread(top2[:, 0] - top2[:, 1])
+        best, second = self.log_probs.topk(2, dim=-1).values.exp().unbind(-1)
+        return self._spread(best - second)
+
+    @cached_property
+    def uniform(self) -> torch.Tensor:
+        return self._spread(self.draw())
 
 
 def top_quota(score: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
     """The `quota` masked positions of highest `score` in each row; of equal ones the leftmost. All `(B, W)`, `(B,)`."""
     order = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.size(-1), device=order.device).expand_as(order)
-    )
-    return masked & (rank < quota[:, None])
+    return masked & (order.argsort(dim=-1) < quota[:, None])
