@@ -38,17 +38,17 @@ def register_family(
 
 
 def check_diffusion_model(model: torch.nn.Module) -> None:
-    """Raise a `ValueError` that says what is wrong unless `model` is one of our diffusion models with its head."""
-    base = getattr(model, "base_model", None)
-    candidates = (model, getattr(base, "model", None))  # a PeftModel keeps the model in base_model.model
-    if any(isinstance(candidate, DiffusionGenerationMixin) for candidate in candidates):
+    """Raise a `ValueError` that says what is wrong, unless `model` (or what PEFT wraps) is ours, with its head."""
+    wrapped = getattr(getattr(model, "base_model", None), "model", None)  # where a PeftModel keeps the model
+    if isinstance(model, DiffusionCausalLMMixin) or isinstance(wrapped, DiffusionCausalLMMixin):
         return
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    what = f"`{type(model).__name__}`" + (f" of model type `{model_type}`" if model_type else "")
-    known = ", ".join(f"`{name}`" for name in FAMILIES)
-    why = "has no language model head" if model_type in FAMILIES else "is no diffusion language model"
-    raise ValueError(f"{what} {why}. Load it with `AutoModelForCausalLM` from a checkpoint of one of: {known}.")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    problem = "has no language model head" if isinstance(model, DiffusionBackboneMixin) else "is none of them"
+    raise ValueError(
+        f"This needs a diffusion language model of a known family ({', '.join(FAMILIES)}), but "
+        f"`{type(model).__name__}` of model type `{model_type}` {problem}. Load a checkpoint of one of these families "
+        "with `AutoModelForCausalLM.from_pretrained` after `import dllm_trl`."
+    )
 
 
 class DiffusionConfigMixin:
@@ -69,7 +69,7 @@ class DiffusionConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = copy.deepcopy(config_dict)
-        known, given = ARCHITECTURES[cls.model_type], config_dict.get("architectures") or []
+        known, given = ARCHITECTURES[cls.model_type], config_dict.get("architectures")
         if given and not set(given) & set(known):
             raise ValueError(
                 f"`architectures` {given} of model type `{cls.model_type}` is unknown. Known: {', '.join(known)}."
@@ -125,9 +125,9 @@ class DiffusionBackboneMixin:
             input_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
                 Tokens.
             attention_mask (`torch.Tensor`, *optional*):
-                `None` or `(B, past + S)`, 1 for tokens and 0 for padding: the family's own attention. `(B, 1, S, past +
-                S)`, boolean, `True` = may attend: replaces the family's attention, whatever the attention
-                implementation. `{"full_attention": mask}`: prepared for the attention implementation, passed on.
+                `None` or `(B, K)` with K = past + S, 1 for tokens and 0 for padding: the family's own attention.
+                `(B, 1, S, K)`, boolean, `True` = may attend: replaces it, in every attention implementation.
+                `{"full_attention": mask}`: prepared for the attention implementation, passed on.
             position_ids (`torch.LongTensor` of shape `(B, S)`, *optional*):
                 Positions without padding, which also say where blocks begin. Counted from a 2D mask by default.
             past_key_values (`Cache`, *optional*):
@@ -146,19 +146,30 @@ class DiffusionBackboneMixin:
         """
         if inputs_embeds is None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None
-        length = inputs_embeds.shape[1]
-        if position_ids is None:
-            if plan is not None:
-                raise ValueError("A `plan` needs `position_ids`: a packed sequence has no positions of its own.")
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-                position_ids = pad_free_positions(attention_mask)[:, -length:]
-            else:
-                past = 0 if past_key_values is None else past_key_values.get_seq_length()
-                position_ids = (torch.arange(length, device=inputs_embeds.device) + past)[None]
+        length, past = inputs_embeds.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
+        padding = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if padding and attention_mask.shape[1] < past + length:
+            raise ValueError(
+                f"A 2D `attention_mask` covers the cached tokens too: {past} + {length} columns, but it has "
+                f"{attention_mask.shape[1]}."
+            )
+        if position_ids is None and plan is not None:
+            raise ValueError("A `plan` needs `position_ids`: packed tokens are not numbered by where they are.")
+        if position_ids is None and padding:
+            position_ids = pad_free_positions(attention_mask)[:, past : past + length]
+        elif position_ids is None:
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None] + past
 
-        mask, kwargs = self._prepare_mask(
-            inputs_embeds, attention_mask, position_ids, past_key_values, block_length, plan, kwargs
-        )
+        if self.config.diffusion_attention == "full":
+            kwargs.setdefault("is_causal", False)
+        if plan is not None and self.config._attn_implementation == SDPA_PLAN:
+            # The decoder hands any 4D mask on as it is; the attention function goes by the plan.
+            kwargs["plan"], mask = plan, inputs_embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)
+        else:
+            is_causal = kwargs.get("is_causal", True)
+            mask = self._mask(
+                inputs_embeds, attention_mask, position_ids, past_key_values, block_length, plan, is_causal
+            )
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=mask,
@@ -172,39 +183,35 @@ class DiffusionBackboneMixin:
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[score_index][None]
         return outputs
 
-    def _prepare_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values, block_length, plan, kwargs):
-        """The mask for the stock decoder, and the keyword arguments for its layers."""
-        implementation = self.config._attn_implementation
-        if isinstance(attention_mask, dict):
-            attention_mask = attention_mask["full_attention"]
-        prepared = plan is not None or getattr(attention_mask, "ndim", 4) == 4 and attention_mask is not None
-        block = self.config.diffusion_attention == "block"
-        # A caller who knows that every query may see every key (one canvas over a committed cache) says is_causal=False.
-        flash = is_flash_attention_requested(requested_attention_implementation=implementation)
-        if flash and (prepared or (block and kwargs.get("is_causal", True))):
-            raise ValueError(
-                f'attn_implementation="{implementation}" knows no masks but causal ones, and this forward needs another '
-                'one. Load the model with attn_implementation="sdpa" (or "flex_attention" on CUDA), or call '
-                '`model.set_attn_implementation("sdpa")`.'
-            )
+    def _mask(self, inputs_embeds, attention_mask, position_ids, past_key_values, block_length, plan, is_causal):
+        """The mask in the form that the stock decoder hands on to its layers."""
+        implementation, dtype, batch_size = self.config._attn_implementation, inputs_embeds.dtype, len(inputs_embeds)
         if plan is not None:
-            if implementation == SDPA_PLAN:
-                # The decoder hands a 4D mask on as it is; the attention function goes by the plan.
-                return inputs_embeds.new_ones(1, 1, 1, 1, dtype=torch.bool), {**kwargs, "plan": plan}
             if implementation == "flex_attention":
-                return plan.block_mask(inputs_embeds.device), kwargs
+                return plan.block_mask(inputs_embeds.device)
             attention_mask = plan.dense().to(inputs_embeds.device)
+        prepared = isinstance(attention_mask, dict)
+        if prepared:
+            attention_mask = attention_mask["full_attention"]
+        elif is_flash_attention_requested(requested_attention_implementation=implementation):
+            # Flash attention knows padding and causal or not. A caller who knows that every query may see every key
+            # (one canvas over a committed cache) says is_causal=False.
+            if is_causal or (attention_mask is not None and attention_mask.ndim == 4):
+                raise ValueError(
+                    f'`attn_implementation="{implementation}"` ignores masks other than causal ones, and this forward '
+                    'needs one. Load the model with `attn_implementation="sdpa"` (or "flex_attention" on CUDA), or '
+                    'call `model.set_attn_implementation("sdpa")`.'
+                )
+            return attention_mask
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-            return adapt_mask(attention_mask, implementation, inputs_embeds.dtype, inputs_embeds.shape[0]), kwargs
-        if prepared or flash:
-            return attention_mask, kwargs
-        if not block:
-            return attention_mask, {**kwargs, "is_causal": False}
-        block_length = self.config.block_size if block_length is None else block_length
-        mask = block_causal_mask(
+            return adapt_mask(attention_mask, implementation, dtype, batch_size)
+        if prepared or self.config.diffusion_attention == "full":
+            return attention_mask
+        if block_length is None:
+            block_length = self.config.block_size
+        return block_causal_mask(
             self.config, inputs_embeds, attention_mask, position_ids, past_key_values, block_length
         )
-        return mask, kwargs
 
 
 class DiffusionCausalLMMixin(DiffusionGenerationMixin):

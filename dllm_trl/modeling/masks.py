@@ -31,29 +31,6 @@ def pad_free_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def block_ids(position_ids: torch.Tensor, attention_mask: torch.Tensor | None, block_length: int) -> torch.Tensor:
-    """
-    Number of each token's block, such that two tokens of a row share a block exactly when their numbers are equal.
-
-    Args:
-        position_ids (`torch.LongTensor` of shape `(B, S)`):
-            Positions without padding: token `i` belongs to block `i // block_length`.
-        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*):
-            1 for tokens, 0 for padding. Without it, positions that do not follow each other start a new sequence, as
-            everywhere in transformers.
-        block_length (`int`):
-            Tokens per block.
-
-    Returns:
-        `torch.LongTensor` of shape `(B, S)`, -1 for padding.
-    """
-    blocks = position_ids // block_length
-    if attention_mask is not None:
-        return blocks.masked_fill(attention_mask == 0, -1)
-    sequences = find_packed_sequence_indices(position_ids)
-    return blocks if sequences is None else blocks + sequences * (blocks.max() + 1)
-
-
 def block_causal_mask(
     config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -71,25 +48,29 @@ def block_causal_mask(
         inputs_embeds (`torch.Tensor` of shape `(B, S, H)`):
             Embeddings of the queries.
         attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*):
-            1 for tokens, 0 for padding, which nobody sees.
-        position_ids (`torch.LongTensor` of shape `(B, S)`):
-            Positions of the queries without padding.
+            1 for tokens, 0 for padding, which nobody sees. Without mask and cache, positions that do not follow each
+            other start a new sequence, as everywhere in transformers.
+        position_ids (`torch.LongTensor` of shape `(B or 1, S)`):
+            Positions of the queries without padding: token `i` belongs to block `i // block_length`.
         past_key_values (`Cache`, *optional*):
             Committed tokens. They lie before the queries, so all of them are visible.
         block_length (`int`):
             Tokens per block.
     """
     batch, length = inputs_embeds.shape[:2]
-    own_mask = None if attention_mask is None else attention_mask[:, -length:]
-    blocks = block_ids(position_ids.expand(batch, -1), own_mask, block_length)
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    blocks = position_ids.expand(batch, -1) // block_length
+    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    if attention_mask is not None:
+        blocks = blocks.masked_fill(attention_mask[:, past : past + length] == 0, -1)
+    elif past_key_values is None and (sequences := find_packed_sequence_indices(position_ids)) is not None:
+        blocks = blocks + sequences * (blocks.max() + 1)  # block 0 of one sequence is not block 0 of the next
     return create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
         position_ids=position_ids,
-        block_sequence_ids=F.pad(blocks, (int(past), 0), value=-1),
+        block_sequence_ids=F.pad(blocks, (past, 0), value=-1),
     )
 
 
@@ -168,11 +149,19 @@ def sdpa_plan_forward(
     queries, keys, values = (torch.split(x, plan.sizes, dim=2) for x in (query, key, value))
     outputs = []
     for segment, visible, mask in zip(queries, plan.keys, plan.masks, strict=True):
-        # Repeated heads, not `enable_gqa`: with a mask that falls back to the slow kernel on CUDA.
-        segment_key = repeat_kv(torch.cat([keys[i] for i in visible], dim=2), groups)
-        segment_value = repeat_kv(torch.cat([values[i] for i in visible], dim=2), groups)
+        segment_key = torch.cat([keys[i] for i in visible], dim=2)
+        segment_value = torch.cat([values[i] for i in visible], dim=2)
+        enable_gqa = mask is None or query.device.type == "cpu"
+        if not enable_gqa:  # with a mask CUDA would fall back to its slow kernel
+            segment_key, segment_value = repeat_kv(segment_key, groups), repeat_kv(segment_value, groups)
         output = F.scaled_dot_product_attention(
-            segment, segment_key, segment_value, attn_mask=mask, dropout_p=dropout, scale=scaling
+            segment,
+            segment_key,
+            segment_value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=enable_gqa,
         )
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1), None

@@ -1,4 +1,4 @@
-"""SDAR and TraDo: Qwen3 and Qwen3-MoE with attention inside the block. Logits are in place, weight names are Qwen3's."""
+"""SDAR and TraDo: Qwen3 and Qwen3-MoE with attention inside the block, logits in place. Weight names are Qwen3's."""
 
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
