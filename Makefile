@@ -46,7 +46,7 @@ bench: $(INSTALLED)  ## Run the benchmarks: decoding, then one TraceRL step
 	OMP_NUM_THREADS=1 $(PY) benchmarks/train_step.py
 
 docs: $(INSTALLED)  ## Build the documentation into site/
-	$(PY) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean:  ## Remove what the other targets made, runs/ excepted
 	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache
