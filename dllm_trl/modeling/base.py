@@ -99,12 +99,16 @@ class DiffusionConfigMixin:
         return output
 
 
-class DiffusionBackboneMixin:
-    """Puts a family's attention in front of a stock transformers decoder. Mixed in before the decoder's class."""
+class _PlanAttentionMixin:
+    """SDPA means SDPA that can follow a plan."""
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
         implementation = super()._check_and_adjust_attn_implementation(*args, **kwargs)
         return SDPA_PLAN if implementation == "sdpa" else implementation
+
+
+class DiffusionBackboneMixin(_PlanAttentionMixin):
+    """Puts a family's attention in front of a stock transformers decoder. Mixed in before the decoder's class."""
 
     def forward(
         self,
@@ -214,7 +218,7 @@ class DiffusionBackboneMixin:
         )
 
 
-class DiffusionCausalLMMixin(DiffusionGenerationMixin):
+class DiffusionCausalLMMixin(_PlanAttentionMixin, DiffusionGenerationMixin):
     """A family's backbone with its head. Mixed in before the stock class, whose forward it keeps."""
 
     backbone_class: ClassVar[type[PreTrainedModel]]
