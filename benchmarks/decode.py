@@ -9,6 +9,7 @@ here over the model's stock modules. Same weights, same greedy tokens (checked),
 import argparse
 import json
 import time
+from functools import partial
 
 import torch
 from transformers import DynamicCache, set_seed
@@ -59,7 +60,7 @@ def choose(logits: torch.Tensor, masked: torch.Tensor, quota: int, threshold: fl
 
 @torch.no_grad()
 def per_sequence(model, prompts, limits, block, steps, threshold):
-    """One sequence at a time: DynamicCache, denoise the block without storing it, then a forward that only commits it."""
+    """One sequence at a time: DynamicCache, denoise the block without storing it, then a forward that commits it."""
     mask_id, outputs = model.config.mask_token_id, []
     for prompt, limit in zip(prompts, limits, strict=True):
         ids = torch.tensor(prompt)
@@ -103,9 +104,9 @@ def per_sequence(model, prompts, limits, block, steps, threshold):
 @torch.no_grad()
 def padded_batch(model, prompts, limits, block, steps, threshold):
     """
-    All sequences in lockstep over one left-padded cache, as batched reference code does: padded to the longest prompt on
-    the block grid, everybody waits for the slowest row of each block and for the longest response, a commit forward per
-    block, logits at every position of the block.
+    All sequences in lockstep over one left-padded cache, as batched reference code does: padded to the longest prompt
+    on the block grid, everybody waits for the slowest row of each block and for the longest response, a commit forward
+    per block, logits at every position of the block.
     """
     mask_id, batch = model.config.mask_token_id, len(prompts)
     heads = [len(p) // block * block for p in prompts]
@@ -137,10 +138,10 @@ def padded_batch(model, prompts, limits, block, steps, threshold):
         here = slice(done, done + block)
         visible = exists[:, None, None, : done + block].expand(-1, 1, block, -1)
         visible = visible | (columns[: done + block] == columns[here, None])
-        kwargs = dict(position_ids=positions[:, here], attention_mask=visible, past_key_values=cache, use_cache=True)
+        kwargs = {"position_ids": positions[:, here], "attention_mask": visible, "past_key_values": cache}
         step = 0
         while (masked := (ids[:, here] == mask_id) & exists[:, here]).any():
-            out = model(input_ids=ids[:, here], **kwargs)
+            out = model(input_ids=ids[:, here], use_cache=True, **kwargs)
             cache.crop(-block)
             quota = commit_quota(block, steps, step)
             for i in masked.any(-1).nonzero()[:, 0].tolist():
@@ -148,7 +149,7 @@ def padded_batch(model, prompts, limits, block, steps, threshold):
                 ids[i, here][commit] = tokens[commit]
             step += 1
         if done + block < total:
-            model.model(input_ids=ids[:, here], **kwargs)
+            model.model(input_ids=ids[:, here], use_cache=True, **kwargs)
     return [ids[i, offset[i] + len(p) : ends[i]].tolist() for i, p in enumerate(prompts)]
 
 
@@ -195,15 +196,14 @@ def main() -> None:
     common = (args.block, args.steps, args.threshold)
     results = []
     for batch in args.batch:
+        # Batch 1 takes eight requests one at a time
         prompts = ragged(max(batch, 8), args.vocab, 16, 128)
-        limits = torch.linspace(96, 16, max(batch, 8)).round().long().tolist()
-        # Batch 1 takes the same requests one at a time
-        t_ours, a = best(lambda: ours(model, prompts, limits, *common, batch), args.repeats)
-        t_loop, b = best(lambda: per_sequence(model, prompts, limits, *common), args.repeats)
-        t_pad, c = best(lambda: padded_batch(model, prompts, limits, *common), args.repeats) if batch > 1 else (None, a)
+        requests = (model, prompts, torch.linspace(96, 16, len(prompts)).round().long().tolist(), *common)
+        t_ours, a = best(partial(ours, *requests, batch), args.repeats)
+        t_loop, b = best(partial(per_sequence, *requests), args.repeats)
+        t_pad, c = best(partial(padded_batch, *requests), args.repeats) if batch > 1 else (None, a)
         assert a == b == c, "the sides disagree on the tokens"
-        tokens = sum(limits)
-        row = {"batch": batch, "tokens_per_s": tokens / t_ours, "vs_per_sequence": t_loop / t_ours}
+        row = {"batch": batch, "tokens_per_s": sum(map(len, a)) / t_ours, "vs_per_sequence": t_loop / t_ours}
         row["vs_padded_batch"] = t_pad / t_ours if t_pad else None
         results.append(row)
         print(json.dumps({k: v if v is None else round(v, 2) for k, v in row.items()}), flush=True)
@@ -215,7 +215,12 @@ def main() -> None:
     salted = [[prompt[0] + i] + prompt[1:] for i in range(group)]  # the same work in one batch, nothing to share
     t_batch, _ = best(lambda: ours(model, salted, [32] * group, *common, group), args.repeats)
     assert a == b, "siblings disagree on the tokens"
-    row = {"group": group, "prompt": 512, "vs_own_prefill_one_batch": t_batch / t_shared, "vs_alone": t_alone / t_shared}
+    row = {
+        "group": group,
+        "prompt": 512,
+        "vs_own_prefill_one_batch": t_batch / t_shared,
+        "vs_alone": t_alone / t_shared,
+    }
     results.append(row)
     print(json.dumps({k: round(v, 2) for k, v in row.items()}), flush=True)
     if args.output:

@@ -16,9 +16,9 @@ class Prefix:
 
 class SlotCache:
     r"""
-    Keys and values of `slots` rows in flight, per layer `(slots, kv_heads, length, head_dim)`. A block's noisy keys are
-    written where its committed ones will be: what is not committed yet lies beyond what later queries may see, and is
-    overwritten by the next step, so nothing is ever rolled back.
+    Keys and values of `slots` rows in flight, per layer `(slots, kv_heads, length, head_dim)`. A block's noisy keys
+    are written where its committed ones will be: what is not committed yet lies beyond what later queries may see, and
+    is overwritten by the next step, so nothing is ever rolled back.
     """
 
     def __init__(self, config, slots: int, length: int, dtype: torch.dtype, device: torch.device):
@@ -44,7 +44,8 @@ class SlotCache:
 class SlotView:
     r"""
     What stock attention modules see of a [`SlotCache`] in one forward: `update` writes the new keys and values of `U`
-    units of `W` tokens at their rows and positions, and returns those of the whole rows, `(U, kv_heads, length, head_dim)`.
+    units of `W` tokens at their rows and positions, and returns those of the whole rows, `(U, kv_heads, length,
+    head_dim)`.
 
     Args:
         cache ([`SlotCache`]):

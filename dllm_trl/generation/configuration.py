@@ -42,9 +42,9 @@ def reject_renamed(names: Any) -> None:
 
 class DiffusionGenerationConfig(GenerationConfig):
     r"""
-    Parameters of [`DiffusionGenerationMixin.generate`]. Everything of [`~transformers.GenerationConfig`] that makes sense
-    for a diffusion language model (`max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, special
-    tokens, ...) keeps its name and meaning.
+    Parameters of [`DiffusionGenerationMixin.generate`]. Everything of [`~transformers.GenerationConfig`] that makes
+    sense for a diffusion language model (`max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
+    special tokens, ...) keeps its name and meaning.
 
     Args:
         block_length (`int`, *optional*):
@@ -98,7 +98,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             )
         if self.confidence_threshold is not None and not 0 <= self.confidence_threshold <= 1:
             raise ValueError(
-                f"`confidence_threshold` is a probability and must lie in [0, 1], but is {self.confidence_threshold!r}."
+                f"`confidence_threshold` is a probability in [0, 1], but is {self.confidence_threshold!r}."
             )
         if self.entropy_bound is not None and self.entropy_bound < 0:
             raise ValueError(f"`entropy_bound` must be at least 0 nats, but is {self.entropy_bound!r}.")
@@ -116,8 +116,8 @@ class DiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must lie in [0, 1], but is {value!r}.")
         if self.num_beams is not None and self.num_beams > 1:
             raise ValueError("Beam search is not defined for diffusion language models: leave `num_beams` unset.")
-        # Stock `validate` calls a temperature without `do_sample` a mistake, and refuses several return sequences then.
-        # Here an explicit temperature samples, and `generate` resolves which of the two holds.
+        # Stock `validate` calls a temperature without `do_sample` a mistake, and refuses several return sequences
+        # then. Here an explicit temperature samples, and `generate` resolves which of the two holds.
         do_sample, self.do_sample = self.do_sample, True
         try:
             super().validate(strict=strict, user_set_attributes=user_set_attributes)
@@ -142,8 +142,9 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        # Published diffusion checkpoints carry `_from_model_config: true` in generation_config.json, which makes the base
-        # class drop every key it does not know; and keys in the vocabulary of their own code, which we keep as they are.
+        # Published diffusion checkpoints carry `_from_model_config: true` in generation_config.json, which makes the
+        # base class drop every key it does not know; and keys in the vocabulary of their own code, which we keep as
+        # they are.
         config_dict = {key: value for key, value in config_dict.items() if key != "_from_model_config"}
         foreign = {key: config_dict.pop(key) for key in list(config_dict) if key in RENAMED}
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
@@ -154,7 +155,7 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config):
-        names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
         values = model_config if isinstance(model_config, dict) else model_config.to_dict()
         config = cls(**{name: values[name] for name in names if name in values}, _from_model_config=True)
         # transformers reads this hash to tell whether somebody touched the config by hand

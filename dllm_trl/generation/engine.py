@@ -75,9 +75,11 @@ class Decoder:
     r"""
     The decoding loop of block diffusion. A row in flight holds one block; all rows share one forward per step:
 
-    1. **Fill.** Free slots take the next rows. The full blocks of a prompt are computed once (`prefill`) and copied into
+    1. **Fill.** Free slots take the next rows. The full blocks of a prompt are computed once (`prefill`) and copied
+    into
        the slot of each sibling; what is left of the prompt is the revealed head of the first block.
-    2. **Forward.** `[finished block b | masks of block b+1]` for a row whose block was just finished, `[block]` for the
+    2. **Forward.** `[finished block b | masks of block b+1]` for a row whose block was just finished, `[block]` for
+    the
        others: committing a block to the cache costs no forward of its own, and a row's last block is never committed.
     3. **Sample** a token at every masked position, from a generator keyed by (seed, position, step).
     4. **Commit** what the remasking strategy picks; the others stay masked.
@@ -103,7 +105,7 @@ class Decoder:
 
     def run(self, rows: list[_Row], num_slots: int) -> None:
         """Decodes `rows`, in place."""
-        plan, width = self.plan, self.plan.block_length
+        _plan, width = self.plan, self.plan.block_length
         slots = min(num_slots, len(rows))
         # One block beyond the longest row: the last block may be wider than what the row may still generate
         length = max(len(row.prompt) + row.limit for row in rows) // width * width + width

@@ -1,7 +1,7 @@
 """
 The forward of decoding, over units of one block each: `W` consecutive tokens of a row, whose queries all see the same
-keys of that row. [`StockForward`] runs the model's own modules and works for every family, LoRA, quantisation and hooks;
-[`FusedForward`](fused_forward.py) is the fast one for plain llama-like decoders. `make_forward` picks.
+keys of that row. [`StockForward`] runs the model's own modules and works for every family, LoRA, quantisation and
+hooks; [`FusedForward`](fused_forward.py) is the fast one for plain llama-like decoders. `make_forward` picks.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from .fused_forward import FusedForward
 @dataclass
 class Units:
     r"""
-    One decode forward: first the block being denoised of every row in flight, then the finished blocks to be committed.
+    One decode forward: first the block being denoised of every row in flight, then the finished blocks to be
+    committed.
 
     Args:
         ids (`torch.LongTensor` of shape `(U, W)`):

@@ -1,7 +1,7 @@
 """
-A decode forward of our own over the model's parameters, for plain llama-like decoders (Qwen3, Qwen3-MoE, Qwen2, Llama):
-one projection for queries, keys and values, residual and gate folded into the matrix products, keys and values written
-in place, and after the last layer's keys and values only the tokens that need logits are carried on.
+A decode forward of our own over the model's parameters, for plain llama-like decoders (Qwen3, Qwen3-MoE, Qwen2,
+Llama): one projection for queries, keys and values, residual and gate folded into the matrix products, keys and values
+written in place, and after the last layer's keys and values only the tokens that need logits are carried on.
 """
 
 import torch
@@ -11,17 +11,20 @@ from torch import nn
 from .cache import Prefix, SlotCache
 
 
-LAYERS = {"Qwen3DecoderLayer", "Qwen3MoeDecoderLayer", "Qwen2DecoderLayer", "LlamaDecoderLayer"}
+# Layers whose arithmetic is known here, each with its attention
+LAYERS = {f"{family}DecoderLayer": f"{family}Attention" for family in ("Qwen3", "Qwen3Moe", "Qwen2", "Llama")}
 STATIC_ROPE = {"default", "linear", "yarn", "llama3"}
 
 
 def _can_pack(weight: torch.Tensor) -> bool:
-    # oneDNN's packed matrices are 2-3 times faster than plain ones at the few rows of a decode step (measured on AVX-512)
+    # oneDNN's packed matrices are 2-3 times faster than plain ones at the few rows of a decode step (measured on
+    # AVX-512)
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 class _Matrix:
-    """`x @ weight.T + bias`, optionally with SiLU, times `mul` or plus `add`, in one operation where oneDNN offers it."""
+    """`x @ weight.T + bias`, optionally with SiLU, times `mul` or plus `add`, in one operation where oneDNN offers
+    it."""
 
     def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None], rows: int):
         self.bias = torch.cat(biases) if biases[0] is not None else None
@@ -101,7 +104,8 @@ class _Layer:
 
 
 class FusedForward:
-    """See the module's docstring. Holds packed copies of the weights on CPU; build it anew after the weights changed."""
+    """See the module's docstring. Holds packed copies of the weights on CPU; build it anew after the weights
+    changed."""
 
     def __init__(self, model: nn.Module):
         self.backbone, self.config = model.base_model, model.config
@@ -111,13 +115,14 @@ class FusedForward:
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
-        """Whether `model` is as its family's class made it: known layers, plain float parameters, no hooks, no adapters."""
+        """Whether `model` is as its class made it: known layers, plain float parameters, no hooks, no adapters."""
         backbone, head = model.base_model, model.get_output_embeddings()
         layers = getattr(backbone, "layers", [])
         config = model.config
         return (
             len(layers) > 0
             and all(type(layer).__name__ in LAYERS for layer in layers)
+            and all(type(layer.self_attn).__name__ == LAYERS[type(layer).__name__] for layer in layers)
             and type(head) is nn.Linear
             and config.hidden_act == "silu"
             and config.rope_parameters.get("rope_type", "default") in STATIC_ROPE
@@ -166,7 +171,7 @@ class FusedForward:
     def step(self, units, cache: SlotCache) -> torch.Tensor:
         """Logits `(n, V)` of the tokens in `units.read`."""
         count, width = units.ids.shape
-        rows, dense = units.rows, units.rows * width
+        rows, _dense = units.rows, units.rows * width
         x = self.backbone.embed_tokens(units.ids.view(-1))  # (T, hidden)
         cos, sin = self._rotary(units.positions.view(-1), x.dtype)
         index = (units.slots[:, None], slice(None), units.positions)

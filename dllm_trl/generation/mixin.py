@@ -40,8 +40,8 @@ class DiffusionGenerateOutput(ModelOutput):
         step_map (`torch.LongTensor` of shape `(B, R)`):
             Denoising step (from 0) at which each token was committed, -1 where nothing was.
         logprobs (`torch.FloatTensor` of shape `(B, R)`):
-            Log-softmax over the whole vocabulary of logits / temperature of each committed token when it was committed,
-            before processors and filters (temperature 1 when greedy); 0 where nothing was.
+            Log-softmax over the whole vocabulary of logits / temperature of each committed token when it was
+            committed, before processors and filters (temperature 1 when greedy); 0 where nothing was.
         num_forward_passes (`torch.LongTensor` of shape `(B,)`):
             Denoising forwards whose result the row used.
         tokens_per_forward (`float`):
@@ -69,6 +69,10 @@ def _quotas(config: DiffusionGenerationConfig) -> Callable[[np.ndarray, np.ndarr
         return np.where(step == steps - 1, masked, (masked * share).astype(np.int64))
 
     return dream
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None and not key.startswith("_")}
 
 
 def _ids(value: Any) -> list[int]:
@@ -121,38 +125,30 @@ class DiffusionGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, **kwargs
     ) -> tuple[DiffusionGenerationConfig, dict[str, Any]]:
         """
-        Call kwargs > passed config > the checkpoint's `generation_config.json` > the model's config > the library. Returns
-        the config with every field set and the kwargs that are none of its fields.
+        Call kwargs > passed config > the checkpoint's `generation_config.json` > the model's config > the library.
+        Returns the config with every field set and the kwargs that are none of its fields.
         """
         reject_renamed(kwargs)
-        passed = {} if generation_config is None else generation_config.to_dict()
-        own = self.generation_config.to_dict()
-        # An explicit temperature without `do_sample` samples: the highest of the sources that names either one decides
-        do_sample = False
-        for source in (kwargs, passed, own):
-            if source.get("do_sample") is not None:
-                do_sample = source["do_sample"]
-                break
-            if source.get("temperature") is not None:
-                do_sample = source["temperature"] > 0
-                break
         config = DiffusionGenerationConfig()
-        unused = config.update(**kwargs)
-        given = {key for key in kwargs if key not in unused and kwargs[key] is not None}
-        for source in (passed, own):
-            # one length limit, from the highest source that names one
-            lengths = {"max_new_tokens", "max_length"} & given
-            source = {
-                k: v
-                for k, v in source.items()
-                if v is not None and not (lengths and k.startswith("max_") and k in ("max_new_tokens", "max_length"))
-            }
-            config.update(**source, defaults_only=True, allow_custom_entries=True)
-            given |= set(source)
-        defaults = config._get_default_generation_params()
-        if config.max_length is not None:
-            defaults.pop("max_new_tokens")
-        config.update(**defaults, defaults_only=True)
+        unknown = {key: value for key, value in kwargs.items() if not hasattr(config, key)}
+        given = {key: value for key, value in kwargs.items() if key not in unknown}
+        sources = [
+            _settings(given),
+            _settings(vars(generation_config or config)),
+            _settings(vars(self.generation_config)),
+        ]
+        # An explicit temperature without `do_sample` samples: the highest of the sources that names either one decides
+        decisive = next((source for source in sources if source.keys() & {"do_sample", "temperature"}), {})
+        do_sample = decisive.get("do_sample", decisive.get("temperature", 0) > 0)
+        # One limit of the length, in the terms of the highest source that names one
+        lengths = {"max_new_tokens", "max_length"}
+        limit = next((source.keys() & lengths for source in sources if source.keys() & lengths), {"max_new_tokens"})
+        for source in (*sources, config._get_default_generation_params()):
+            unset = {key: value for key, value in source.items() if getattr(config, key, None) is None}
+            for key in lengths - limit:
+                unset.pop(key, None)
+            for key, value in unset.items():
+                setattr(config, key, value)
         if config.block_length is None:
             config.block_length = self.config.block_size
         if config.denoising_steps is None:
@@ -167,11 +163,11 @@ class DiffusionGenerationMixin(GenerationMixin):
             config.pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else (eos or [0])[0]
         if config.cache not in (None, "exact"):
             raise ValueError(
-                f"`cache={config.cache!r}` is for full-attention families. {type(self).__name__} decodes block by block with "
-                "an exact cache; leave `cache` unset."
+                f"`cache={config.cache!r}` is for full-attention families. {type(self).__name__} decodes block by "
+                "block with an exact cache; leave `cache` unset."
             )
         config.validate()
-        return config, unused
+        return config, unknown
 
     def _decoding_plan(
         self,
@@ -183,7 +179,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         device = self.get_input_embeddings().weight.device
         if config.mask_token_id is None:
             raise ValueError(
-                "The model's config has no `mask_token_id`. Pass `mask_token_id=` to `generate` or set it in the config."
+                "The model's config has no `mask_token_id`. Set it there, or pass `mask_token_id=` to `generate`."
             )
         warpers = LogitsProcessorList()
         if config.do_sample and config.top_k:
@@ -245,7 +241,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             generation_config ([`~transformers.GenerationConfig`], *optional*):
                 Parameters; keyword arguments win over it, it wins over the checkpoint's `generation_config.json`.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
-                Called per row with `(n, length)` ids (the row's prompt and committed tokens, once per masked position) and
+                Called per row with `(n, length)` ids (the row's prompt and committed tokens, once per masked position)
+                and
                 `(n, V)` scores.
             stopping_criteria ([`~transformers.StoppingCriteriaList`], *optional*):
                 Called per row at the end of a block; the row ends there.
@@ -329,8 +326,8 @@ class DiffusionGenerationMixin(GenerationMixin):
                 raise ValueError(f"Prompt {i} is empty: a prompt needs at least one token.")
             if len(prompt) + limit > context:
                 raise ValueError(
-                    f"Prompt {i} has {len(prompt)} tokens and `max_new_tokens` is {limit}, more than the model's context of "
-                    f"{context}. Shorten the prompt or lower `max_new_tokens`."
+                    f"Prompt {i} has {len(prompt)} tokens and `max_new_tokens` is {limit}: more than the model's "
+                    f"context of {context}. Shorten the prompt or lower `max_new_tokens`."
                 )
 
 
@@ -346,8 +343,8 @@ def generate_rollouts(
     fused: bool | None = None,
 ) -> DiffusionRollout:
     r"""
-    Many ragged prompts through a fixed number of slots: a slot takes the next row as soon as its row ends, and the prompt
-    of a group is computed once.
+    Many ragged prompts through a fixed number of slots: a slot takes the next row as soon as its row ends, and the
+    prompt of a group is computed once.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -363,7 +360,8 @@ def generate_rollouts(
         num_slots (`int`, *optional*):
             Rows in flight at a time, `None` for all. Changes speed and memory, never results.
         seed (`int`, *optional*):
-            Row `j` of prompt `i` draws from (seed, index_offset + i, j). `None` draws a seed from torch's default generator.
+            Row `j` of prompt `i` draws from (seed, index_offset + i, j). `None` draws a seed from torch's default
+            generator.
         index_offset (`int`, *optional*, defaults to `0`):
             Index of the first prompt, for callers that hold a part of a larger batch.
         fused (`bool`, *optional*):

@@ -26,8 +26,8 @@ def uniform(*counters: int | np.ndarray) -> np.ndarray:
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """
-    Samples one token per row of `logits` `(n, V)` by inverting the cumulative distribution at `uniform` `(n,)`. A token
-    with logit -inf has no width there and is never drawn.
+    Samples one token per row of `logits` `(n, V)` by inverting the cumulative distribution at `uniform` `(n,)`. A
+    token with logit -inf has no width there and is never drawn.
     """
     cumulative = logits.softmax(-1).cumsum(-1)
     total = cumulative[:, -1]

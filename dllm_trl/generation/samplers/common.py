@@ -9,8 +9,8 @@ import torch
 class TokenScores:
     r"""
     Scores of the tokens sampled at the masked positions of a batch of blocks, spread over `(B, W)`; each is computed
-    only when a strategy asks for it. All of them are of softmax(logits / temperature) over the whole vocabulary, before
-    any filter.
+    only when a strategy asks for it. All of them are of softmax(logits / temperature) over the whole vocabulary,
+    before any filter.
 
     Args:
         masked (`torch.BoolTensor` of shape `(B, W)`):
@@ -55,6 +55,6 @@ class TokenScores:
 
 
 def top_quota(score: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
-    """The `quota` masked positions of highest `score` in each row; of equal ones the leftmost. All `(B, W)`, `(B,)`."""
+    """The `quota` `(B,)` masked positions of highest `score` in each row `(B, W)`; of equal ones the leftmost."""
     order = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return masked & (order.argsort(dim=-1) < quota[:, None])

@@ -1,0 +1,109 @@
+"""The fused decode forward computes what the model's own modules compute, and stands back where it would not."""
+
+import pytest
+import torch
+from torch import nn
+
+from dllm_trl.generation.cache import SlotCache
+from dllm_trl.generation.forward import StockForward, Units, make_forward
+from dllm_trl.generation.fused_forward import FusedForward
+
+from .conftest import MASK, tiny_model
+
+
+def units(generator):
+    """Three rows in flight, one of which commits its finished block in the same forward."""
+    starts = torch.tensor([8, 4, 12, 8])
+    ids = torch.randint(1, MASK, (4, 4), generator=generator)
+    ids[:3, 2:] = MASK
+    return Units(
+        ids=ids,
+        positions=starts[:, None] + torch.arange(4),
+        slots=torch.tensor([0, 1, 2, 2]),
+        visible=torch.tensor([12, 7, 16, 12]),  # row 1's block is shortened
+        rows=3,
+        length=16,
+        read=torch.tensor([2, 3, 6, 10, 11]),
+    )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("variant", ["dense", "moe", "bias", "head_dim", "one_kv_head"])
+def test_logits_and_cache_equal_the_stock_modules(variant, dtype, tolerance):
+    kwargs = {"bias": {"attention_bias": True}, "head_dim": {}, "one_kv_head": {}}.get(variant, {})
+    model = tiny_model(variant == "moe", **kwargs).to(dtype)
+    if variant == "bias":
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+    prompts = [torch.randint(1, MASK, (n,), generator=generator) for n in (8, 4, 8)]
+    batch, results = units(generator), []
+    for forward in (FusedForward(model), StockForward(model)):
+        cache = SlotCache(model.config, 3, 20, dtype, torch.device("cpu"))
+        with torch.no_grad():
+            for slot, prefix in enumerate(forward.prefill(prompts, 4)):
+                cache.load(slot, prefix)
+            results.append((forward.step(batch, cache).float(), cache))
+    (fused, fused_cache), (stock, stock_cache) = results
+    scale = stock.abs().max()
+    torch.testing.assert_close(fused / scale, stock / scale, atol=tolerance, rtol=0)
+    for a, b in zip(fused_cache.keys + fused_cache.values, stock_cache.keys + stock_cache.values, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), atol=max(tolerance * b.abs().max().item(), 1e-5), rtol=0)
+
+
+def test_weights_changed_after_a_call_are_used_by_the_next(dense):
+    from dllm_trl.generation import generate_rollouts
+
+    before = generate_rollouts(dense, [[1, 2, 3]], max_new_tokens=4)
+    saved = dense.lm_head.weight.data.clone()
+    dense.lm_head.weight.data.neg_()  # through .data: no version counter notices
+    after = generate_rollouts(dense, [[1, 2, 3]], max_new_tokens=4)
+    dense.lm_head.weight.data.copy_(saved)
+    assert not torch.equal(before.logprobs, after.logprobs)
+
+
+def test_what_it_does_not_cover_takes_the_stock_path():
+    assert isinstance(make_forward(tiny_model()), FusedForward)
+
+    hooked = tiny_model()
+    hooked.model.layers[0].register_forward_hook(lambda module, args, output: output)
+    assert isinstance(make_forward(hooked), StockForward)
+
+    swapped = tiny_model()
+    swapped.model.layers[1].mlp.up_proj = nn.Sequential(swapped.model.layers[1].mlp.up_proj)
+    assert isinstance(make_forward(swapped), StockForward)
+
+    mixed = tiny_model()
+    mixed.lm_head.to(torch.bfloat16)
+    assert isinstance(make_forward(mixed), StockForward)
+    with pytest.raises(ValueError, match="fused"):
+        make_forward(mixed, fused=True)
+
+    class Attention(type(tiny_model().model.layers[0].self_attn)):
+        pass
+
+    changed = tiny_model()
+    changed.model.layers[0].self_attn.__class__ = Attention
+    assert isinstance(make_forward(changed), StockForward)
+
+
+def test_lora_takes_the_stock_path_and_counts():
+    peft = pytest.importorskip("peft")
+    from dllm_trl.generation import generate_rollouts
+
+    base = generate_rollouts(tiny_model(), [[1, 2, 3, 4, 5]], max_new_tokens=8)
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4))
+    assert isinstance(make_forward(model.get_base_model()), StockForward)
+    fresh = generate_rollouts(model, [[1, 2, 3, 4, 5]], max_new_tokens=8)
+    assert torch.equal(fresh.canvas_ids, base.canvas_ids)  # LoRA starts as the identity
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    trained = generate_rollouts(model, [[1, 2, 3, 4, 5]], max_new_tokens=8)
+    assert not torch.equal(trained.logprobs, base.logprobs)
+    output = model.generate(input_ids=torch.tensor([[1, 2, 3, 4, 5]]), max_new_tokens=8)
+    assert output[0, 5:].tolist() == trained.canvas_ids[0].tolist()
