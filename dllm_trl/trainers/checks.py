@@ -1,0 +1,134 @@
+"""Input that a trainer refuses, said before any training step: what is wrong, the argument's name, and what to do."""
+
+import functools
+import math
+from collections.abc import Callable
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers import AutoConfig
+from trl.trainer.utils import is_async_callable
+
+from ..modeling import FAMILIES
+from ..modeling.base import check_diffusion_model
+
+
+logger = get_logger(__name__)
+
+# A prompt cannot have more tokens than bytes, and a chat template rarely adds more than this.
+_TEMPLATE_BYTES = 2048
+
+
+def check_model(model, model_init_kwargs: dict | None) -> None:
+    """Raises unless `model`, a model or where to load one from, is one of our diffusion language models."""
+    if not isinstance(model, str):
+        return check_diffusion_model(model)
+    options = {
+        k: v for k, v in (model_init_kwargs or {}).items() if k in ("revision", "cache_dir", "token", "subfolder")
+    }
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False, **options)
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"`model={model!r}` has model type `{config.model_type}`, which is no diffusion language model. Pass a "
+            f"checkpoint of one of: {', '.join(f'`{name}`' for name in FAMILIES)}."
+        )
+
+
+def check_columns(name: str, dataset, required: str = "prompt") -> None:
+    """Raises if a dataset (or one of a dict of them) is known to lack a column."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_columns(f"{name}[{key!r}]", part, required)
+        return
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and required not in columns:
+        raise ValueError(
+            f"`{name}` has no column `{required}`, only {list(columns)}. Rename the column that holds the prompts: "
+            f"`{name}.rename_column(..., {required!r})`."
+        )
+
+
+def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]], limit: int | None) -> None:
+    """
+    Raises if a prompt of a map-style dataset is empty or longer than `limit` tokens. Only prompts that might be are
+    tokenized; those of an iterable dataset are checked when their turn comes.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_prompts(f"{name}[{key!r}]", part, tokenize, limit)
+        return
+    if not isinstance(dataset, Dataset):
+        return
+    suspects, prompts = [], []
+    for index, prompt in enumerate(dataset["prompt"]):
+        if not prompt:
+            raise ValueError(
+                f"`{name}[{index}]['prompt']` is empty: there is nothing to condition on. Filter such rows out: "
+                f"`{name}.filter(lambda row: row['prompt'])`."
+            )
+        text = prompt if isinstance(prompt, str) else str(prompt)
+        if limit is not None and len(text.encode()) + _TEMPLATE_BYTES > limit:
+            suspects.append(index)
+            prompts.append(prompt)
+    for start in range(0, len(prompts), 256):
+        tokenized = tokenize(prompts[start : start + 256])
+        for index, ids in zip(suspects[start : start + 256], tokenized, strict=True):
+            if len(ids) == 0:
+                raise ValueError(f"`{name}[{index}]['prompt']` has no tokens. Filter such rows out.")
+            if len(ids) > limit:
+                raise ValueError(
+                    f"`{name}[{index}]['prompt']` has {len(ids)} tokens, but the model's context leaves room for "
+                    f"{limit} besides `max_completion_length`. Filter long prompts out, or lower "
+                    "`max_completion_length`."
+                )
+
+
+class _Naming:
+    """Context in which an error says which reward function raised it, and what that was called with."""
+
+    def __init__(self, name: str, arguments: list[str]):
+        self.name, self.arguments = name, arguments
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, Exception):
+            raise RuntimeError(
+                f"`reward_funcs`: the reward function '{self.name}' raised {kind.__name__}: {error}. It was called "
+                f"with the keyword arguments {self.arguments}. Fix the function, or give the dataset the columns it "
+                "needs."
+            ) from error
+
+
+def _check_rewards(name: str, rewards) -> list:
+    rewards = list(rewards)
+    values = [0.0 if reward is None else float(reward) for reward in rewards]
+    if any(math.isinf(value) for value in values):
+        raise ValueError(f"'{name}' in `reward_funcs` returned an infinite reward. Return a number, or `None`.")
+    undefined = sum(math.isnan(value) for value in values)
+    if undefined:
+        logger.warning(
+            f"The reward function '{name}' in `reward_funcs` returned NaN for {undefined} of {len(values)} "
+            "completions, which are treated as `None`: no reward of this function. Return a number, or `None` where "
+            "it does not apply."
+        )
+    return rewards
+
+
+def guard_reward(name: str, function: Callable) -> Callable:
+    """A reward function whose failures name it, and whose NaNs are pointed out."""
+    if is_async_callable(function):
+
+        @functools.wraps(function)
+        async def guarded(**kwargs):
+            with _Naming(name, sorted(kwargs)):
+                return _check_rewards(name, await function(**kwargs))
+    else:
+
+        @functools.wraps(function)
+        def guarded(**kwargs):
+            with _Naming(name, sorted(kwargs)):
+                return _check_rewards(name, function(**kwargs))
+
+    return guarded

@@ -1,0 +1,172 @@
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from ..generation.configuration import reject_renamed
+
+
+@dataclass
+class DiffusionGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`DiffusionGRPOTrainer`]: [`~trl.GRPOConfig`] and what diffusion language models add.
+
+    This class includes only the parameters that are specific to diffusion language models. All others keep the name,
+    the meaning and the default they have in [`~trl.GRPOConfig`] and [`~transformers.TrainingArguments`].
+
+    Parameters:
+        > Parameters that control the rollout
+
+        block_length (`int`, *optional*):
+            Tokens denoised together, in rollout and training alike. `None` takes the model's `config.block_size`.
+        denoising_steps (`int`, *optional*):
+            Upper bound of denoising steps per block. `None` takes `block_length`.
+        remasking_strategy (`str`, *optional*):
+            Which masked tokens are committed in a step, see [`DiffusionGenerationConfig`]. `None` takes the
+            checkpoint's, else `"low_confidence_dynamic"`.
+        confidence_threshold (`float`, *optional*):
+            Probability above which `"low_confidence_dynamic"` commits. `None` takes the checkpoint's, else 0.9.
+        num_slots (`int`, *optional*):
+            Responses in flight at a time, per process. `None` decodes all at once. Changes speed and memory, never
+            results.
+
+        > Parameters that control which tokens are scored
+
+        num_scored_pads (`int`, *optional*, defaults to `0`):
+            How many of the tokens that were decoded after the first EOS are scored, per response. `None` scores all.
+        on_policy_check (`str`, *optional*, defaults to `"warn"`):
+            What happens when the log-probabilities recorded during the rollout and those the trainer computes from the
+            same weights differ: in float32, a difference above 1e-3 raises an error; in half precision, a mean above
+            0.05 warns with `"warn"` and raises with `"error"`. `"off"` skips the comparison. It needs a rollout
+            without top-k, top-p, min-p and repetition penalty, and an objective that replays the rollout.
+        use_rollout_logprobs (`bool`, *optional*, defaults to `False`):
+            Whether the log-probabilities recorded during the rollout serve as old log-probabilities, which saves the
+            forward pass that recomputes them. Under the same conditions as `on_policy_check`.
+
+        > Parameters that control rewards and advantages
+
+        overlong_slack (`int`, *optional*):
+            A response of at least `max_completion_length - overlong_slack` tokens is wrong: its rewards become 0. With
+            0, only a response that reaches the limit without EOS is. `None` leaves the rewards alone.
+        accuracy_range (`list[float]`, *optional*):
+            Groups whose share of accurate responses lies outside `[low, high]` are dropped: nothing of them is scored.
+            A response is accurate if the first reward function gives more than 0.5.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`):
+            As in [`~trl.GRPOConfig`]. Additionally `"population"`: z-score within the group with the population
+            standard deviation and no epsilon, the advantage of the TraceRL paper.
+
+        > Parameters that control the KL term
+
+        kl_target (`str`, *optional*, defaults to `"ref"`):
+            What the policy is kept close to when `beta` is not 0: `"ref"`, the reference model as in TRL, or `"old"`,
+            the policy at the start of the step, which needs no second model. The gradient of the latter is zero on the
+            first update after a rollout: it acts from the second update on.
+    """
+
+    block_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens denoised together. `None` takes the model's `config.block_size`."},
+    )
+    denoising_steps: int | None = field(
+        default=None,
+        metadata={"help": "Upper bound of denoising steps per block. `None` takes `block_length`."},
+    )
+    remasking_strategy: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which masked tokens are committed in a step. `None` takes the checkpoint's, else "
+            "'low_confidence_dynamic'."
+        },
+    )
+    confidence_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Probability above which 'low_confidence_dynamic' commits. `None` takes the checkpoint's, else "
+            "0.9."
+        },
+    )
+    num_slots: int | None = field(
+        default=None,
+        metadata={"help": "Responses in flight at a time, per process. `None` decodes all at once."},
+    )
+    num_scored_pads: int | None = field(
+        default=0,
+        metadata={
+            "help": "How many of the tokens that were decoded after the first EOS are scored, per response. `None` "
+            "scores all."
+        },
+    )
+    on_policy_check: str = field(
+        default="warn",
+        metadata={
+            "help": "What happens when rollout and trainer log-probabilities differ: in float32 an error above 1e-3, "
+            "in half precision a mean above 0.05 warns ('warn') or raises ('error'). 'off' skips the comparison.",
+            "choices": ["warn", "error", "off"],
+        },
+    )
+    use_rollout_logprobs: bool = field(
+        default=False,
+        metadata={"help": "Whether the log-probabilities recorded during the rollout serve as old log-probabilities."},
+    )
+    overlong_slack: int | None = field(
+        default=None,
+        metadata={
+            "help": "Responses of at least `max_completion_length - overlong_slack` tokens get reward 0 (with 0: only "
+            "without EOS). `None` leaves the rewards alone."
+        },
+    )
+    accuracy_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Groups whose share of accurate responses (first reward above 0.5) lies outside [low, high] are "
+            "dropped."
+        },
+    )
+    kl_target: str = field(
+        default="ref",
+        metadata={
+            "help": "What the policy is kept close to when `beta` is not 0: 'ref', a reference model, or 'old', the "
+            "policy at the start of the step.",
+            "choices": ["ref", "old"],
+        },
+    )
+
+    def __new__(cls, *args, **kwargs):
+        reject_renamed(kwargs)
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("block_length", "denoising_steps", "num_slots"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        for name in ("num_scored_pads", "overlong_slack"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"`{name}` must be at least 0 or `None`, but is {value}.")
+        for name, choices in (("on_policy_check", ("warn", "error", "off")), ("kl_target", ("ref", "old"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, but is {getattr(self, name)!r}.")
+        if self.accuracy_range is not None and not (
+            len(self.accuracy_range) == 2 and 0 <= self.accuracy_range[0] <= self.accuracy_range[1] <= 1
+        ):
+            raise ValueError(
+                f"`accuracy_range` must be two numbers 0 <= low <= high <= 1, but is {self.accuracy_range}."
+            )
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ValueError(
+                f"`max_completion_length` must be at least 1, but is {self.max_completion_length}: it is the number "
+                "of response tokens that are decoded."
+            )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"`temperature` must be above 0, but is {self.temperature}: at 0 all generations of a prompt are "
+                "equal and there is nothing to learn. The default is 1.0."
+            )
+        if self.scale_rewards == "population" and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError("`scale_rewards='population'` needs `multi_objective_aggregation='sum_then_normalize'`.")
+        if self.kl_target == "old" and self.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model=True` needs a reference model, but `kl_target='old'` uses none. Set "
+                "`sync_ref_model=False`, or `kl_target='ref'`."
+            )

@@ -1,0 +1,683 @@
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context, profiling_decorator
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler, get_config_model_id
+
+from ..generation import DiffusionGenerationConfig, generate_rollouts
+from ..modeling.packing import pack_rounds
+from .advantages import in_accuracy_range, is_overlong, population_z_score
+from .checks import check_columns, check_model, check_prompts, guard_reward
+from .diffusion_grpo_config import DiffusionGRPOConfig
+from .model_card import DiffusionModelCardMixin
+from .objectives import Objective, TraceObjective, make_objective
+
+
+logger = get_logger(__name__)
+
+# Loss types that average over responses. The others are normalised by scored tokens.
+_ROW_NORMALISED = ("grpo", "sapo", "dr_grpo", "luspo")
+# Largest difference of log-probabilities to the old policy: exp(10) is far outside of every clipping range.
+_MAX_LOG_RATIO = 10.0
+_CONTEXT = ("canvas_ids", "canvas_mask", "step_map", "scored")
+
+
+class _EpochSampler(RepeatSampler):
+    """[`~trl.trainer.utils.RepeatSampler`] whose order is a function of the epoch, so that a resumed run finds it
+    again."""
+
+    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.epoch())
+        return super().__iter__()
+
+
+class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
+    r"""
+    [`~trl.GRPOTrainer`] for block diffusion language models: the rollout comes from the decoding engine of this
+    package, and log-probabilities are those of the tokens in the contexts ("rounds") that an objective names.
+    Everything else, from rewards to losses to logging, is TRL's. Base class of the trainers here, and for objectives
+    of your own.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from dllm_trl import DiffusionGRPOTrainer
+    from dllm_trl.rewards import math_reward
+
+    trainer = DiffusionGRPOTrainer(
+        model="JetLM/SDAR-1.7B-Chat",
+        reward_funcs=math_reward,
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+        objective="trace",
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers, quantization_config, peft_config:
+            As in [`~trl.GRPOTrainer`]. `args` is a [`DiffusionGRPOConfig`]; the model is a diffusion language model.
+        tools, rollout_func, environment_factory:
+            Not supported, must stay `None`.
+        objective (`str` or [`Objective`], *optional*):
+            Which rounds are scored: a name from `dllm_trl.trainers.objectives.OBJECTIVES`, or a callable. By default
+            the rollout is replayed.
+    """
+
+    _tag_names = ["trl", "dllm-trl", "grpo"]
+    _name = "Diffusion GRPO"
+    config_class = DiffusionGRPOConfig
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",  # noqa: F821
+        reward_funcs: "RewardFunc | list[RewardFunc] | None" = None,  # noqa: F821
+        args: DiffusionGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: "BitsAndBytesConfig | None" = None,  # noqa: F821
+        peft_config: "PeftConfig | None" = None,  # noqa: F821
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Callable | dict[str, Callable] | None = None,
+        objective: str | Objective | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"`args` must be a `{self.config_class.__name__}`, but is a `{type(args).__name__}`.")
+        self._refuse(args, reward_funcs, peft_config, tools, rollout_func, environment_factory)
+        check_model(model, args.model_init_kwargs)
+        check_columns("train_dataset", train_dataset)
+        check_columns("eval_dataset", eval_dataset)
+        self.objective = self._default_objective(args) if objective is None else make_objective(objective)
+
+        # With `kl_target="old"`, TRL must not load a reference model: it does so whenever `beta` is not 0
+        beta = args.beta
+        if args.kl_target == "old":
+            args.beta = 0.0
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            args.beta = beta
+        self.beta = beta
+        if self.scale_rewards == "population":
+            self.scale_rewards = "none"  # TRL centres the rewards, `_set_advantages` does the rest
+
+        config = self.model.config
+        if config.diffusion_attention != "block":
+            raise ValueError(
+                f"`model` is of type `{config.model_type}`, whose attention knows no blocks: `{type(self).__name__}` "
+                "trains block diffusion models."
+            )
+        self.block_length = args.block_length or config.block_size
+        self.mask_token_id = config.mask_token_id
+        if self.mask_token_id is None:
+            self.mask_token_id = self._tokenizer.mask_token_id
+        if self.mask_token_id is None:
+            raise ValueError(
+                "Neither the model's config nor `processing_class` names a mask token. Set "
+                "`model.config.mask_token_id` to the id the model was trained with, or `processing_class.mask_token`."
+            )
+        self.generation_config = self._make_generation_config()
+        limit = config.max_position_embeddings - self.max_completion_length
+        if limit < 1:
+            raise ValueError(
+                f"`max_completion_length={self.max_completion_length}` fills the model's context of "
+                f"{config.max_position_embeddings} tokens. Lower it."
+            )
+        for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            if dataset is not None:
+                check_prompts(name, dataset, lambda prompts: self._tokenize_prompts(prompts)[0], limit)
+        self.reward_funcs = [
+            function if isinstance(function, nn.Module) else guard_reward(name, function)
+            for name, function in zip(self.reward_func_names, self.reward_funcs, strict=True)
+        ]
+
+        # Rollout and trainer log-probabilities are the same numbers under these conditions only
+        config, plain = self.generation_config, not getattr(self.objective, "replays_rollout", False)
+        filtered = config.top_k or config.top_p < 1 or config.min_p or config.repetition_penalty != 1
+        self._comparable = not (plain or filtered) and config.do_sample
+        if args.use_rollout_logprobs and not self._comparable:
+            raise ValueError(
+                "`use_rollout_logprobs=True` needs an objective that replays the rollout (`shrink=1`) and sampling "
+                "without `top_k`, `top_p`, `min_p` and `repetition_penalty`: the trainer computes other numbers "
+                "otherwise."
+            )
+        self._drops_out = any(
+            (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0)
+            for module in self.model.modules()
+        )
+        self._full_precision = (
+            all(p.dtype == torch.float32 for p in self.model.parameters())
+            and self.accelerator.mixed_precision == "no"
+            and torch.get_float32_matmul_precision() == "highest"
+        )
+
+        self._eval_rows = 0  # rows of the running evaluation that were decoded so far
+        self._policy_step = None  # optimizer step of the weights that made the buffered rollout
+        self._rollout = None  # the rollout of the generation in progress
+        self._rewards = None  # its rewards, gathered
+        self._context = None  # what the log-probability method needs beside TRL's arguments
+        self._expects_old = False  # the next log-probabilities TRL asks for are the old ones
+        self._scores = None  # result of the log-probability method that TRL's loss will ask for
+        self._warned_no_signal = False
+
+    def _default_objective(self, args: DiffusionGRPOConfig) -> Objective:
+        return TraceObjective()
+
+    def _refuse(self, args, reward_funcs, peft_config, tools, rollout_func, environment_factory) -> None:
+        name = type(self).__name__
+        if args.use_vllm or args.use_transformers_continuous_batching:
+            option = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
+            raise ValueError(
+                f"`{option}=True` decodes left to right and is not supported by `{name}`, which has its own decoding "
+                f"engine (it shares its weights with the trainer). Set `{option}=False`."
+            )
+        if args.cache_implementation is not None:
+            raise ValueError(
+                f"`cache_implementation` is not supported by `{name}`: its engine keeps an exact cache of its own. "
+                "Leave it unset."
+            )
+        given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+        for option, value in given.items():
+            if value:
+                raise ValueError(
+                    f"`{option}` is not supported by `{name}` (yet): what it returns has no step map to learn from. "
+                    "Leave it unset."
+                )
+        for option in ("temperature", "max_new_tokens", "max_length", "num_return_sequences"):
+            if option in (args.generation_kwargs or {}):
+                raise ValueError(
+                    f"`generation_kwargs` must not hold `{option}`: rollout and training share `temperature`, "
+                    "`max_completion_length` and `num_generations`. Set those."
+                )
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise ValueError(
+                f"`peft_config` of type `{type(peft_config).__name__}` adds virtual tokens, which the block grid does "
+                "not know. Use LoRA or another method that changes weights."
+            )
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        for function in functions:
+            if function is not None and not isinstance(function, str) and not callable(function):
+                raise TypeError(f"`reward_funcs` must be functions, models or model names, but holds {function!r}.")
+
+    def _make_generation_config(self) -> DiffusionGenerationConfig:
+        """All of sampling comes from the trainer's config, all else from there or from the checkpoint."""
+        vocab_size, known = self.model.config.vocab_size, len(self._tokenizer)
+        values = {
+            "max_new_tokens": self.max_completion_length,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty,
+            "pad_token_id": self._tokenizer.pad_token_id,
+            "bos_token_id": self._tokenizer.bos_token_id,
+            "eos_token_id": self.eos_token_ids,
+            # Rows of the embedding beyond the tokenizer are padding and decode to nothing
+            "suppress_tokens": list(range(known, vocab_size)) or None,
+            "mask_token_id": self.mask_token_id,
+            "block_length": self.block_length,
+            "denoising_steps": self.args.denoising_steps or self.block_length,
+            "remasking_strategy": self.args.remasking_strategy,
+            "confidence_threshold": self.args.confidence_threshold,
+        }
+        config = DiffusionGenerationConfig(**(values | (self.args.generation_kwargs or {})))
+        config, _ = self._base_model(self.model)._resolve_generation_config(config)
+        return config
+
+    @staticmethod
+    def _base_model(model: nn.Module) -> PreTrainedModel:
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        sampler = super()._get_train_sampler(dataset)
+        return _EpochSampler(
+            sampler.data_source,
+            mini_repeat_count=sampler.mini_repeat_count,
+            batch_size=sampler.batch_size,
+            repeat_count=sampler.repeat_count,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    # ------------------------------------------------------------------------------------------------------- rollout
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        mode = "train" if self.model.training else "eval"
+        # A row draws from a seed and its place in the whole run: no matter how many processes share the work, in what
+        # state torch's generators are, or whether the run was resumed.
+        if mode == "train":
+            generation = self._step // (self.args.steps_per_generation * self.num_iterations)
+            first_row = generation * self.args.generation_batch_size
+            self._policy_step = self.state.global_step
+        else:
+            first_row = self._eval_rows
+            self._eval_rows += len(prompt_ids) * self.accelerator.num_processes
+        seed = int.from_bytes(hashlib.sha256(f"{self.args.seed} {mode}".encode()).digest()[:7], "big")
+
+        with (
+            profiling_context(self, "generate_rollouts"),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as unwrapped,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self._evaluating(unwrapped),
+            self.accelerator.autocast(),
+        ):
+            rollout = generate_rollouts(
+                self._base_model(unwrapped),
+                prompt_ids,
+                self.generation_config,
+                num_slots=self.args.num_slots,
+                seed=seed,
+                index_offset=first_row + self.accelerator.process_index * len(prompt_ids),
+            )
+        rollout = rollout.to(self.accelerator.device)
+
+        counts = torch.stack([(rollout.step_map >= 0).sum(), rollout.num_forward_passes.sum()]).view(1, 2)
+        tokens, forwards = self.accelerator.gather(counts).sum(0).tolist()
+        rows = len(rollout) * self.accelerator.num_processes
+        self._metrics[mode]["decode/tokens_per_forward"].append(tokens / max(forwards, 1))
+        self._metrics[mode]["decode/forward_passes"].append(forwards / rows)
+
+        completed = rollout.completion_mask.bool()
+        after = (rollout.step_map >= 0) & ~completed
+        pads = rollout.step_map.size(1) if self.args.num_scored_pads is None else self.args.num_scored_pads
+        self._rollout = rollout
+        self._context = {
+            "canvas_ids": rollout.canvas_ids,
+            "canvas_mask": rollout.canvas_mask,
+            "step_map": rollout.step_map,
+            "scored": completed | (after & (after.cumsum(1) <= pads)),
+        }
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        self._expects_old = self.args.gradient_accumulation_steps % generate_every != 0
+        ids = zip(rollout.completion_ids.tolist(), completed.sum(1).tolist(), strict=True)
+        return [row[:length] for row, length in ids], None
+
+    @staticmethod
+    @contextmanager
+    def _evaluating(model: nn.Module):
+        """Decodes without dropout. TRL tells training from evaluation by `model.training`, so that is put back."""
+        training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.args.overlong_slack is not None:
+            device = self.accelerator.device
+            lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=device)
+            ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids_list], device=device)
+            overlong = is_overlong(lengths, ended, self.max_completion_length, self.args.overlong_slack)
+            overlong = self.accelerator.gather(overlong)
+            rewards = torch.where(overlong.unsqueeze(1) & ~rewards.isnan(), 0.0, rewards)
+            mode = "train" if self.model.training else "eval"
+            self._metrics[mode]["completions/overlong_ratio"].append(overlong.float().mean().item())
+        self._rewards = rewards
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        if "prompt" not in inputs[0]:
+            raise ValueError(f"`train_dataset` has no column `prompt`, only {sorted(inputs[0])}. Rename one.")
+        beta = self.beta
+        if self.args.kl_target == "old":
+            self.beta = 0.0  # there is no reference model to ask
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta = beta
+            context, rollout, self._context, self._rollout = self._context, self._rollout, None, None
+            self._expects_old = False
+        # Rows that TRL masks (`mask_truncated_completions`) are not scored either
+        context["scored"] = context["scored"] & output["completion_mask"].any(1, keepdim=True)
+        self._set_advantages(output, context)
+        output["num_items_in_batch"] = self.accelerator.gather(context["scored"].sum()).sum()
+        output.update(context)
+        if self._comparable:
+            output["sampling_per_token_logps"] = rollout.logprobs
+        return output
+
+    def _set_advantages(self, output: dict, context: dict) -> None:
+        """Advantages of our own kinds, groups that are dropped, and a word when there is nothing to learn."""
+        mode = "train" if self.model.training else "eval"
+        siblings = self.num_generations if mode == "train" else self.num_generations_eval
+        advantages = self.accelerator.gather(output["advantages"])
+        kept = torch.ones_like(advantages, dtype=torch.bool)
+        if self.args.scale_rewards == "population":
+            rewards = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)
+            rewards[self._rewards.isnan().all(1)] = torch.nan
+            advantages = population_z_score(rewards, siblings)
+        if self.args.accuracy_range is not None and mode == "train":
+            kept = in_accuracy_range(self._rewards[:, 0], siblings, *self.args.accuracy_range)
+            advantages = torch.where(kept, advantages, 0.0)
+            self._metrics[mode]["frac_groups_dropped"].append(1 - kept.float().mean().item())
+        if mode == "train":
+            self._warn_without_signal(advantages, kept)
+
+        rows = len(output["advantages"])
+        mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        logged = self._logs["advantages"]
+        earlier = list(logged)[: max(len(logged) - len(advantages), 0)]
+        logged.clear()
+        logged.extend(earlier + advantages.tolist())
+        context["scored"] = context["scored"] & kept[mine].unsqueeze(1)
+        if self.loss_type in _ROW_NORMALISED and not kept.all():
+            # These losses divide by the number of rows; a larger weight of the kept ones makes up for those dropped.
+            # The KL term is scaled alike, see `_compute_loss`.
+            scale = len(kept) / kept.sum().clamp(min=1)
+            advantages = advantages * scale
+            context["kl_scale"] = scale
+        output["advantages"] = advantages[mine]
+
+    def _warn_without_signal(self, advantages: torch.Tensor, kept: torch.Tensor) -> None:
+        if self._warned_no_signal or (advantages.abs() > 1e-8).any():
+            return
+        self._warned_no_signal = True  # until the next log
+        if not kept.any():
+            logger.warning(
+                f"All groups were dropped: the accuracy of none lies in `accuracy_range={self.args.accuracy_range}` "
+                "(a response is accurate if the first of `reward_funcs` gives more than 0.5). This step has no "
+                "gradient. Widen `accuracy_range`, or use problems the model solves sometimes."
+            )
+            return
+        mean = self._rewards.nanmean(0).tolist()
+        means = ", ".join(f"{name} {m:.3g}" for name, m in zip(self.reward_func_names, mean, strict=True))
+        logger.warning(
+            "No group has any reward signal: within each group of responses to the same prompt all rewards are equal "
+            f"(mean rewards: {means}), so every advantage is 0 and the policy loss teaches nothing. Use easier or "
+            "harder problems, raise `num_generations` or `temperature`, or check that `reward_funcs` can read the "
+            "answers and that `max_completion_length` leaves room for them."
+        )
+
+    # ---------------------------------------------------------------------------------------------- log-probabilities
+
+    @profiling_decorator
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **multimodal,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Log-probabilities (and entropies) of the response tokens, each in its round of the objective. The width is that
+        of the canvas, which may be larger than `logits_to_keep`; unscored positions are 0.
+        """
+        if self._scores is not None:
+            return self._scores
+        expects_old, self._expects_old = self._expects_old, False
+        recorded = self._rollout.logprobs if self._rollout is not None and self._comparable else None
+        if expects_old and self.args.use_rollout_logprobs:
+            return recorded, None, None
+
+        prompt_length = input_ids.size(1) - logits_to_keep
+        batch = {"prompt_ids": input_ids[:, :prompt_length], "prompt_mask": attention_mask[:, :prompt_length]}
+        batch |= self._context or self._fully_masked(input_ids[:, prompt_length:], attention_mask[:, prompt_length:])
+        rows = len(input_ids)
+        chunk = batch_size or rows
+        results = [
+            self._score({k: v[start : start + chunk] for k, v in batch.items()}, model, compute_aux_loss)
+            for start in range(0, rows, chunk)
+        ]
+        logps, entropies, aux_losses = zip(*results, strict=True)
+        logps = torch.cat(logps)
+        if expects_old and recorded is not None:
+            self._check_on_policy(logps, recorded, batch["scored"])
+        return (
+            logps,
+            torch.cat(entropies) if compute_entropy else None,
+            torch.stack(aux_losses).mean() if compute_aux_loss else None,
+        )
+
+    @staticmethod
+    def _fully_masked(completion_ids: torch.Tensor, completion_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Without a rollout: every response token is scored with all of them masked."""
+        scored = completion_mask.bool()
+        return {
+            "canvas_ids": completion_ids,
+            "canvas_mask": completion_mask,
+            "step_map": torch.where(scored, 0, -1),
+            "scored": scored,
+        }
+
+    def _score(self, batch: dict[str, torch.Tensor], model: nn.Module, compute_aux_loss: bool):
+        """One forward pass: log-probabilities `(B, R)`, entropies `(B, R)` and the auxiliary loss of some rows."""
+        rounds = self.objective(batch, self.block_length)
+        packed = pack_rounds(
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            batch["canvas_ids"],
+            batch["canvas_mask"],
+            rounds,
+            block_length=self.block_length,
+            mask_token_id=self.mask_token_id,
+            logit_shift=self.model.config.logit_shift,
+        )
+        options = {"output_router_logits": True} if compute_aux_loss else {}
+        with self.accelerator.autocast():
+            outputs = model(
+                input_ids=packed.input_ids,
+                position_ids=packed.position_ids,
+                plan=packed.plan,
+                score_index=packed.score_index,
+                shift_labels=packed.labels.unsqueeze(0),
+                fused_lm_head=True,
+                **options,
+            )
+        logps = packed.scatter(outputs.log_probs.squeeze(0))  # (rounds, B, R)
+        if any(r.weight is not None for r in rounds):
+            logps = logps * torch.stack([r.scored.float() if r.weight is None else r.weight for r in rounds])
+        entropies = None
+        if outputs.entropy is not None:
+            times_scored = torch.stack([r.scored for r in rounds]).sum(0).clamp(min=1)
+            entropies = packed.scatter(outputs.entropy.squeeze(0)).sum(0) / times_scored
+        return logps.sum(0), entropies, outputs.aux_loss
+
+    def _check_on_policy(self, logps: torch.Tensor, recorded: torch.Tensor, scored: torch.Tensor) -> None:
+        """Rollout and trainer must agree on the log-probabilities of the same tokens under the same weights."""
+        mode = "train" if self.model.training else "eval"
+        if self.args.on_policy_check == "off" or (self.model.training and self._drops_out):
+            return
+        difference = ((logps.detach() - recorded).abs() * scored).float()
+        sums = self.accelerator.reduce(torch.stack([difference.sum(), scored.sum().float()]), reduction="sum")
+        mean = (sums[0] / sums[1].clamp(min=1)).item()
+        maximum = self.accelerator.gather(difference.max()).max().item()
+        self._metrics[mode]["sampling/sampling_logp_difference/mean"].append(mean)
+        self._metrics[mode]["sampling/sampling_logp_difference/max"].append(maximum)
+        figures = f"mean |difference| {mean:.3g}, max {maximum:.3g}"
+        if self._full_precision and not maximum <= 1e-3:
+            raise RuntimeError(
+                f"Rollout and trainer disagree on log-probabilities under the same weights ({figures}; in float32 at "
+                "most 1e-3 is rounding): the policy would be trained on contexts it never saw. Were the weights, the "
+                "attention implementation or the forward changed between rollout and loss? `on_policy_check='off'` "
+                "skips this check."
+            )
+        if not self._full_precision and not mean <= 0.05:
+            message = (
+                f"Rollout and trainer disagree on log-probabilities under the same weights ({figures}; in half "
+                "precision a mean of at most 0.05 is rounding). Train in float32 to see whether it is rounding, or "
+                "set `on_policy_check='off'` to skip this check."
+            )
+            if self.args.on_policy_check == "error":
+                raise RuntimeError(message)
+            logger.warning(message)
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def _compute_loss(self, model, inputs):
+        inputs = dict(inputs)
+        if "canvas_ids" in inputs:
+            # To TRL the completion is the canvas, and what counts in it are the scored tokens
+            inputs["completion_ids"] = inputs["canvas_ids"]
+            inputs["completion_mask"] = inputs["scored"].long()
+            self._context = {key: inputs[key] for key in _CONTEXT}
+        try:
+            logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+                torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+                inputs["completion_ids"].size(1),
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
+            )
+        finally:
+            self._context = None
+        old = inputs.get("old_per_token_logps")
+        recorded = inputs.get("sampling_per_token_logps")
+        same_weights = not self.model.training or self.state.global_step == self._policy_step
+        unchecked = old is None or self.args.use_rollout_logprobs  # old ones were checked when they were computed
+        if recorded is not None and same_weights and unchecked:
+            self._check_on_policy(logps, recorded, inputs["scored"])
+        if old is not None:
+            bounded = old + (logps - old).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+            logps = torch.where((logps - old).abs() <= _MAX_LOG_RATIO, logps, bounded.detach())
+        beta = self.beta
+        if beta != 0.0 and self.args.kl_target == "old":
+            inputs["ref_per_token_logps"] = logps.detach() if old is None else old
+        if beta != 0.0 and inputs.get("kl_scale") is not None:
+            self.beta = beta * inputs["kl_scale"].item()
+        self._scores = logps, entropies, aux_loss
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._scores, self.beta = None, beta
+
+    # ------------------------------------------------------------------------------------- evaluation, logs,
+    # checkpoints
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._eval_rows = 0  # every evaluation draws the same numbers
+        return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        self._warned_no_signal = False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.block_length != self.model.config.block_size:
+            logger.warning_once(
+                f"The model was trained with `block_length={self.block_length}`, but its config keeps "
+                f"`block_size={self.model.config.block_size}`. Decode with `block_length={self.block_length}`, or set "
+                "`model.config.block_size` before saving."
+            )
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete_checkpoint()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _last_complete_checkpoint(self) -> str:
+        """The newest checkpoint that was written to its end: `trainer_state.json` is the last file of each."""
+        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        steps = {int(number): path for path in folders if (number := path.name.rsplit("-", 1)[1]).isdigit()}
+        for folder in (steps[step] for step in sorted(steps, reverse=True)):
+            try:
+                json.loads((folder / "trainer_state.json").read_text())
+                return str(folder)
+            except (FileNotFoundError, json.JSONDecodeError):
+                logger.warning(f"{folder} is incomplete (was the run killed while writing it?) and is passed over.")
+        raise ValueError(f"No complete checkpoint found in `output_dir` {self.args.output_dir}.")
+
+    def _rollout_state_file(self, folder: str) -> Path:
+        return Path(folder) / f"rollout_state_{self.accelerator.process_index}.pt"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Called on every process, after the weights and before `trainer_state.json`. TRL forgets its buffer: a run
+        # that is resumed in the middle of one would decode again, with other weights.
+        super()._save_rng_state(output_dir)
+        state = {
+            "step": self._step,
+            "policy_step": self._policy_step,
+            "buffered_inputs": self._buffered_inputs,
+            "layout": self._rollout_layout(),
+        }
+        file = self._rollout_state_file(output_dir)
+        torch.save(state, f"{file}.tmp")
+        os.replace(f"{file}.tmp", file)
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        file = self._rollout_state_file(checkpoint)
+        if not file.exists():
+            logger.warning(
+                f"{checkpoint} holds no rollout buffer (`{file.name}`): the current batch is decoded again."
+            )
+            return
+        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        if state["layout"] != self._rollout_layout():
+            logger.warning(
+                f"The rollout buffer in {checkpoint} was made with {state['layout']}, this run has "
+                f"{self._rollout_layout()}: the current batch is decoded again."
+            )
+            return
+        self._step, self._policy_step = state["step"], state["policy_step"]
+        self._buffered_inputs = state["buffered_inputs"]
+
+    def _rollout_layout(self) -> dict[str, int]:
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "steps_per_generation": self.args.steps_per_generation,
+            "num_iterations": self.num_iterations,
+        }

@@ -1,0 +1,53 @@
+import textwrap
+
+from .diffusion_grpo_trainer import DiffusionGRPOTrainer
+from .objectives import Objective, TraceObjective
+from .tracerl_config import TraceRLConfig
+
+
+class TraceRLTrainer(DiffusionGRPOTrainer):
+    r"""
+    Trainer for TraceRL, introduced in the paper [Revolutionizing Reinforcement Learning Framework for Diffusion Large
+    Language Models](https://huggingface.co/papers/2509.06949): every response token is scored once, in the context in
+    which the rollout committed it.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from dllm_trl import TraceRLTrainer
+    from dllm_trl.rewards import math_reward
+
+    trainer = TraceRLTrainer(
+        model="Gen-Verse/TraDo-4B-Instruct",
+        reward_funcs=math_reward,
+        train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        objective (`str` or [`Objective`], *optional*):
+            Replaces the rounds of TraceRL. By default they replay the rollout, with `args.shrink`.
+        model, reward_funcs, args and all others:
+            As in [`DiffusionGRPOTrainer`]. `args` is a [`TraceRLConfig`].
+    """
+
+    _tag_names = ["trl", "dllm-trl", "tracerl"]
+    _name = "TraceRL"
+    _paper = {
+        "title": "Revolutionizing Reinforcement Learning Framework for Diffusion Large Language Models",
+        "id": "2509.06949",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{wang2025revolutionizing,
+                title        = {{Revolutionizing Reinforcement Learning Framework for Diffusion Large Language Models}},
+                author       = {Yinjie Wang and Ling Yang and Bowen Li and Ye Tian and Ke Shen and Mengdi Wang},
+                year         = 2025,
+                eprint       = {arXiv:2509.06949},
+            }"""),  # noqa: E501
+    }
+    config_class = TraceRLConfig
+
+    def _default_objective(self, args: TraceRLConfig) -> Objective:
+        return TraceObjective(shrink=args.shrink)

@@ -1,0 +1,44 @@
+"""One TraceRL run in a process of its own: `run_tracerl.py options.json`. Several processes with `torchrun`."""
+
+import json
+import os
+import signal
+import sys
+
+from tiny_rl import letter_reward, make_model, make_prompts, make_tokenizer
+from transformers import TrainerCallback
+
+from dllm_trl.trainers import TraceRLConfig, TraceRLTrainer
+
+
+class Kill(TrainerCallback):
+    """Ends the process as `kill -9` does, at the end of an optimizer step and before its checkpoint is written."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(options: dict) -> None:
+    resume, kill_at, rows = (options.pop(name, None) for name in ("resume", "kill_at", "rows"))
+    args = TraceRLConfig(report_to="none", use_cpu=True, bf16=False, logging_steps=1, **options)
+    trainer = TraceRLTrainer(
+        model=make_model(),
+        reward_funcs=letter_reward,
+        args=args,
+        train_dataset=make_prompts(rows),
+        processing_class=make_tokenizer(),
+        callbacks=[Kill(kill_at)] if kill_at else None,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if trainer.accelerator.is_main_process:
+        trainer.state.save_to_json(os.path.join(args.output_dir, "state.json"))
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        main(json.load(file))

@@ -1,0 +1,100 @@
+"""Runs in processes of their own: two processes against one, and runs that are killed against one that is not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+HERE = Path(__file__).parent
+COMMON = {
+    "num_generations": 4,
+    "max_completion_length": 10,
+    "learning_rate": 1e-2,
+    "remasking_strategy": "low_confidence_static",
+    "denoising_steps": 2,
+    "rows": 17,
+}
+
+
+def launch(output_dir: Path, processes: int = 1, **options) -> int:
+    """Runs `run_tracerl.py` and returns its exit status."""
+    output_dir.mkdir(exist_ok=True)
+    file = output_dir / "options.json"
+    file.write_text(json.dumps({**COMMON, "output_dir": str(output_dir), **options}))
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "--no_python"]
+        command.append(sys.executable)
+    paths = [str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]
+    result = subprocess.run(
+        [*command, str(HERE / "run_tracerl.py"), str(file)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    if result.returncode not in (0, -signal.SIGKILL):
+        raise AssertionError(result.stdout[-4000:])
+    return result.returncode
+
+
+def history(output_dir: Path, name: str) -> list[float]:
+    log = json.loads((output_dir / "state.json").read_text())["log_history"]
+    return [entry[name] for entry in log if name in entry]
+
+
+def test_two_processes_equal_one_with_accumulation(tmp_path):
+    """Same responses, same loss, same gradient, same weights, also with groups split over the processes."""
+    options = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 3,
+        "beta": 0.05,
+        "kl_target": "old",
+        "save_strategy": "no",
+    }
+    launch(tmp_path / "one", gradient_accumulation_steps=4, **options)
+    launch(tmp_path / "two", processes=2, gradient_accumulation_steps=2, **options)
+    for name in ("reward", "decode/forward_passes"):
+        assert history(tmp_path / "two", name) == pytest.approx(history(tmp_path / "one", name), abs=1e-6)
+    for name in ("loss", "grad_norm", "entropy"):
+        one = history(tmp_path / "one", name)
+        assert len(one) == 3
+        assert history(tmp_path / "two", name) == pytest.approx(one, abs=1e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    """
+    Killed twice with -9: in the middle of the first generation buffer, and of a later one in another epoch. One buffer
+    lasts 8 updates here, and one epoch has one buffer.
+    """
+    options = {
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 4,
+        "num_iterations": 2,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 13,
+        "save_steps": 1,
+        "rows": 5,
+    }
+    assert launch(tmp_path / "whole", **options) == 0
+    assert launch(tmp_path / "killed", kill_at=3, **options) == -signal.SIGKILL
+    assert launch(tmp_path / "killed", kill_at=11, resume=True, **options) == -signal.SIGKILL
+    # The kill may hit while a checkpoint is written: what has no `trainer_state.json` is passed over
+    half = tmp_path / "killed" / "checkpoint-11"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half a file")
+    assert launch(tmp_path / "killed", resume=True, **options) == 0
+    whole, killed = (tmp_path / name / "model.safetensors" for name in ("whole", "killed"))
+    assert whole.read_bytes() == killed.read_bytes()
+    assert history(tmp_path / "whole", "reward") == history(tmp_path / "killed", "reward")

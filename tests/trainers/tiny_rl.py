@@ -1,0 +1,76 @@
+"""A tiny SDAR model, a character tokenizer and prompts, made on the spot: what the trainers' tests run on."""
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import dllm_trl  # noqa: F401  (registers the families)
+
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=.,:?!\n"
+SPECIAL = ["<pad>", "<eos>", "<mask>", "<unk>", "<user>", "<assistant>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".|\n"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        mask_token="<mask>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[4:],
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(moe: bool = False, seed: int = 0, **overrides):
+    """Random weights, large enough that probabilities are far from uniform. Every row of the vocabulary has a
+    token."""
+    values = {
+        "vocab_size": len(SPECIAL) + len(CHARACTERS),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+        "block_size": 4,
+        "mask_token_id": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    if moe:
+        values |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    config = AutoConfig.for_model("sdar_moe" if moe else "sdar", **(values | overrides))
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def make_prompts(rows: int = 17) -> Dataset:
+    """Prompts of 3 to 9 tokens, most of them no multiple of any block length, and the answers to them."""
+    return Dataset.from_dict(
+        {
+            "prompt": [f"{i}+{i % 7}=" + " " * (i % 4) for i in range(rows)],
+            "answer": [str(i + i % 7) for i in range(rows)],
+        }
+    )
+
+
+def letter_reward(completions, **kwargs) -> list[float]:
+    """Share of letters: differs between nearly all responses of a random model."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [sum(map(str.isalpha, text)) / max(len(text), 1) for text in texts]
