@@ -2,17 +2,18 @@
 
 import importlib
 
-from dllm_trl import modeling  # noqa: F401  (registers every family with the Auto classes)
+from dllm_trl import modeling, trainers  # noqa: F401  (modeling registers every family with the Auto classes)
 
 
 __version__ = "0.1.0"
 
-# Names and where they live. They are imported when they are first used: TRL and PyTorch take seconds to import.
+# Names and the room they live in, imported when first used: PyTorch's and TRL's classes take seconds to import.
 _EXPORTS = {
     "DiffusionGenerateOutput": "generation",
     "DiffusionGenerationConfig": "generation",
     "DiffusionGenerationMixin": "generation",
     "DiffusionRollout": "types",
+    **dict.fromkeys(trainers.__all__, "trainers"),
 }
 
 __all__ = list(_EXPORTS)

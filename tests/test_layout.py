@@ -21,7 +21,7 @@ ALLOWED = {
     "evaluation": BASE | {"generation", "modeling", "rewards"},
     "trainers": BASE | {"generation", "modeling", "rewards", "hub", "trainers/objectives"},
     "cli": BASE | {"generation", "modeling", "rewards", "hub", "evaluation", "trainers", "trainers/objectives", ""},
-    "": {"modeling"},  # the package itself, which registers the families
+    "": {"modeling", "trainers"},  # the package itself, which registers the families and exports names
 }
 
 
