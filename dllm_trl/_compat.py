@@ -36,8 +36,7 @@ def register_lazy_configs(families: dict[str, str]) -> None:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    # A family that was imported before keeps its class.
-    CONFIG_MAPPING._extra_content = _LazyClasses({**families, **CONFIG_MAPPING._extra_content})
+    CONFIG_MAPPING._extra_content = _LazyClasses({**CONFIG_MAPPING._extra_content, **families})
 
 
 def copy_weight_conversions(model_type: str, like: str) -> None:
