@@ -111,6 +111,7 @@ class Decoder:
         length = max(len(row.prompt) + row.limit for row in rows) // width * width + width
         parameter = self.model.get_input_embeddings().weight
         self.cache = SlotCache(self.model.config, slots, length, parameter.dtype, parameter.device)
+        self.forward.reserve(length)
         self.rows: list[_Row] = []  # in flight: row of slot 0, 1, ...
         self.start = np.zeros(slots, dtype=np.int64)  # first position of the block
         self.end = np.zeros(slots, dtype=np.int64)  # positions from here on do not exist for the row
@@ -130,6 +131,7 @@ class Decoder:
     def _fill(self, waiting: list[_Row], slots: int) -> None:
         width = self.plan.block_length
         taken = [waiting.pop() for _ in range(min(slots - len(self.rows), len(waiting)))]
+        taken.sort(key=lambda row: len(row.prompt))  # neighbours see about as many keys
         heads = {}
         for row in taken:
             head = row.prompt[: len(row.prompt) // width * width]
@@ -172,6 +174,7 @@ class Decoder:
             rows=count,
             length=int(visible.max()),
             read=self._tensor(read),
+            spans=self._spans(visible, count) + self._spans(start[committing], len(committing), count),
         )
         logits = self.forward.step(units, self.cache).float()  # (n, V)
         self.pending[:count] = False
@@ -214,6 +217,16 @@ class Decoder:
         # From the last slot to the first, so that closing one leaves the smaller slots where they are
         for slot in (~masked.any(-1)).nonzero()[0][::-1].tolist():
             self._advance(slot)
+
+    def _spans(self, visible: np.ndarray, count: int, offset: int = 0) -> list[tuple[int, int, int, bool]]:
+        # On CPU few rows at a time see only as many keys as they need; elsewhere one launch for all is better
+        size = 8 if self.device.type == "cpu" else count
+        spans = []
+        for first in range(0, count, size or 1):
+            seen = visible[first : first + size]
+            longest = int(seen.max())
+            spans.append((offset + first, offset + first + len(seen), longest, bool(seen.min() < longest)))
+        return spans
 
     def _sample(self, logits, masked, keys, positions, step, row_of):
         """A token for each masked position, its log-probability, and the scores for the strategy."""

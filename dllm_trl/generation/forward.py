@@ -35,6 +35,9 @@ class Units:
             Largest `visible`.
         read (`torch.LongTensor` of shape `(n,)`):
             Which of the first `A * W` tokens need logits.
+        spans (`list[tuple[int, int, int, bool]]`):
+            The units in order, cut into `(first, last, length, ragged)`: units `first .. last - 1` see `length` keys
+            at most, and not all of them the same number where `ragged`. No span holds units of both kinds.
     """
 
     ids: torch.Tensor
@@ -44,6 +47,7 @@ class Units:
     rows: int
     length: int
     read: torch.Tensor
+    spans: list[tuple[int, int, int, bool]]
 
 
 class StockForward:
@@ -51,6 +55,9 @@ class StockForward:
 
     def __init__(self, model: nn.Module):
         self.model = model
+
+    def reserve(self, length: int) -> None:
+        """Nothing to prepare for positions below `length`: the modules make their own tables."""
 
     def prefill(self, prompts: list[torch.Tensor], block_length: int) -> list[Prefix]:
         """Keys and values of whole-block prompts, one after another."""

@@ -24,6 +24,7 @@ def units(generator):
         rows=3,
         length=16,
         read=torch.tensor([2, 3, 6, 10, 11]),
+        spans=[(0, 2, 12, True), (2, 3, 16, False), (3, 4, 12, False)],
     )
 
 
@@ -43,6 +44,7 @@ def test_logits_and_cache_equal_the_stock_modules(variant, dtype, tolerance):
     prompts = [torch.randint(1, MASK, (n,), generator=generator) for n in (8, 4, 8)]
     batch, results = units(generator), []
     for forward in (FusedForward(model), StockForward(model)):
+        forward.reserve(20)
         cache = SlotCache(model.config, 3, 20, dtype, torch.device("cpu"))
         with torch.no_grad():
             for slot, prefix in enumerate(forward.prefill(prompts, 4)):

@@ -195,7 +195,7 @@ def test_logits_processors_see_the_row_and_act(dense):
 
     plain = dense.generate(**batch, max_new_tokens=4)
     assert torch.equal(plain, dense.generate(**batch, max_new_tokens=4, logits_processor=[Count()]))
-    assert calls[0] == PROMPT[0].tolist() and len(calls[1]) == 2  # padding never shows
+    assert PROMPT[0].tolist() in calls[:2] and sorted(map(len, calls[:2])) == [2, 5]  # padding never shows
     penalised = response(dense, repetition_penalty=50.0)
     assert len(set(penalised)) > len(set(response(dense, repetition_penalty=1.0))) or len(set(penalised)) == 8
 
