@@ -306,9 +306,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         rollout = rollout.to(inputs.device)
         expanded = inputs.repeat_interleave(config.num_return_sequences, dim=0)
         sequences = torch.cat([expanded, rollout.completion_ids], dim=1)
-        longest = int(rollout.completion_mask.sum(-1).max())
         if not config.return_dict_in_generate:
-            return sequences[:, : inputs.size(1) + longest]
+            return sequences
         return DiffusionGenerateOutput(
             sequences=sequences,
             canvas_ids=rollout.canvas_ids,

@@ -227,7 +227,8 @@ def test_eos_acts_when_its_block_is_full(dense):
     assert rollout.step_map[0, :block_end].tolist() == free.step_map[0, :block_end].tolist()
     kwargs = {"max_new_tokens": 18, "do_sample": True, "seed": 1, "confidence_threshold": 0.5}
     output = dense.generate(torch.tensor([prompt]), eos_token_id=ids[position], **kwargs)
-    assert output[0].tolist() == prompt + ids[: position + 1]
+    pads = [dense.config.pad_token_id] * (block_end - position - 1)
+    assert output[0].tolist() == prompt + ids[: position + 1] + pads
 
 
 def test_eos_in_the_prompt_does_not_end_the_row(dense):
