@@ -66,6 +66,11 @@ class DiffusionConfigMixin:
     logit_shift: ClassVar[int] = 0  # 1: position i - 1 predicts token i
     auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it from every config
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # transformers' own table of published names: read under the left name, stored under the right one.
+        cls.attribute_map = {"torch_dtype": "dtype", **cls.attribute_map}
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = copy.deepcopy(config_dict)
@@ -87,7 +92,6 @@ class DiffusionConfigMixin:
         rope = dict(output.pop("rope_parameters"))
         output["rope_theta"] = rope.pop("rope_theta")
         output["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-        output["torch_dtype"] = output.pop("dtype")
         for published, stored in self.attribute_map.items():
             output[published] = output.pop(stored)
         return output
@@ -99,15 +103,21 @@ class DiffusionConfigMixin:
         return output
 
 
-class _PlanAttentionMixin:
-    """SDPA means SDPA that can follow a plan."""
+class _ImplementationMixin:
+    """Which kernels a model runs on."""
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
         implementation = super()._check_and_adjust_attn_implementation(*args, **kwargs)
         return SDPA_PLAN if implementation == "sdpa" else implementation
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks into the source file of the class, and without an answer runs expert after expert.
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return stock._can_set_experts_implementation()
 
-class DiffusionBackboneMixin(_PlanAttentionMixin):
+
+class DiffusionBackboneMixin(_ImplementationMixin):
     """Puts a family's attention in front of a stock transformers decoder. Mixed in before the decoder's class."""
 
     def forward(
@@ -218,7 +228,7 @@ class DiffusionBackboneMixin(_PlanAttentionMixin):
         )
 
 
-class DiffusionCausalLMMixin(_PlanAttentionMixin, DiffusionGenerationMixin):
+class DiffusionCausalLMMixin(_ImplementationMixin, DiffusionGenerationMixin):
     """A family's backbone with its head. Mixed in before the stock class, whose forward it keeps."""
 
     backbone_class: ClassVar[type[PreTrainedModel]]

@@ -1,12 +1,14 @@
 """Published folders load with no remote code and no question asked, and are saved in the published format."""
 
 import json
+import logging
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_propagation, enable_propagation
 
 import dllm_trl  # noqa: F401
 from dllm_trl.modeling.sdar import (
@@ -171,3 +173,20 @@ def test_default_lora_targets(published):
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(published), peft.LoraConfig())
     adapted = {name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert adapted == {"q_proj", "v_proj"}
+
+
+def test_experts_run_together(golden_dir):
+    model = AutoModelForCausalLM.from_pretrained(golden_dir / "sdar_moe")
+    assert model.config._experts_implementation == "grouped_mm"
+    model.set_experts_implementation("eager")
+    assert model.config._experts_implementation == "eager"
+
+
+def test_loading_and_saving_warn_of_nothing(published, tmp_path, caplog):
+    logging.Logger.warning_once.cache_clear()
+    enable_propagation()
+    try:
+        AutoModelForCausalLM.from_pretrained(published).save_pretrained(tmp_path)
+    finally:
+        disable_propagation()
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
