@@ -74,8 +74,8 @@ class DiffusionConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = copy.deepcopy(config_dict)
-        known, given = ARCHITECTURES[cls.model_type], config_dict.get("architectures")
-        if given and not set(given) & set(known):
+        known, given = ARCHITECTURES.get(cls.model_type), config_dict.get("architectures")
+        if known and given and not set(given) & set(known):
             raise ValueError(
                 f"`architectures` {given} of model type `{cls.model_type}` is unknown. Known: {', '.join(known)}."
             )

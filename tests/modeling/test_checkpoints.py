@@ -58,11 +58,14 @@ def write_config(source, target, **changes):
 def test_auto_classes(published):
     config_class, model_class, causal_lm_class = CLASSES[published.name]
     assert type(AutoConfig.from_pretrained(published)) is config_class
-    assert type(AutoModel.from_pretrained(published)) is model_class
+    backbone = AutoModel.from_pretrained(published)
+    assert type(backbone) is model_class
     model, info = AutoModelForCausalLM.from_pretrained(published, output_loading_info=True)
     assert type(model) is causal_lm_class
     assert not any(info.values())
     assert type(model.model) is model_class
+    for name, parameter in model.model.named_parameters():
+        assert torch.equal(backbone.get_parameter(name), parameter), name
     assert type(AutoModelForCausalLM.from_config(model.config)) is causal_lm_class
 
 
