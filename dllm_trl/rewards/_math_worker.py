@@ -1,5 +1,6 @@
 """The process that judges answers for `math_reward`: one JSON line in, one out. It imports nothing of ours."""
 
+import functools
 import json
 import logging
 import os
@@ -20,13 +21,16 @@ ANSWER = LatexExtractionConfig(
 )
 
 
+@functools.lru_cache(maxsize=4096)  # parsing is most of the work, and the responses of a group share their gold answer
+def read(text: str, anywhere: bool = False) -> list:
+    """Expressions in `text`: in its box or, with `anywhere`, wherever there is mathematics."""
+    configs = [LatexExtractionConfig(), ExprExtractionConfig()] if anywhere else [ANSWER]
+    return parse(text, configs, extraction_mode="first_match", parsing_timeout=None)
+
+
 def judge(answer: str, gold: str) -> float | None:
-    configs = [ANSWER] if gold.startswith(r"\boxed") else [LatexExtractionConfig(), ExprExtractionConfig()]
-    parsed_gold = parse(gold, configs, extraction_mode="first_match", parsing_timeout=None)
-    if not parsed_gold:
-        return None
-    parsed_answer = parse(answer, [ANSWER], extraction_mode="first_match", parsing_timeout=None)
-    return float(verify(parsed_gold, parsed_answer, timeout_seconds=None))
+    wanted = read(gold, anywhere=not gold.startswith(r"\boxed"))
+    return float(verify(wanted, read(answer), timeout_seconds=None)) if wanted else None
 
 
 def main() -> None:
