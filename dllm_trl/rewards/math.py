@@ -53,6 +53,8 @@ def math_reward(
         )
     if len(golds) != len(completions):
         raise ValueError(f"`{column}` must have one entry per completion ({len(completions)}), but has {len(golds)}.")
+    if time_limit <= 0:
+        raise ValueError(f"`time_limit` must be above 0 seconds, but is {time_limit}.")
     golds = [gold_answer(gold) for gold in golds]
     pairs = [(final_answer(text), gold) for text, gold in zip(completion_texts(completions), golds, strict=True)]
     rewards = {pair: compare(*pair) for pair in pairs if pair[1]}  # equal pairs are judged once

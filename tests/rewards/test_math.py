@@ -155,6 +155,8 @@ def test_bad_input():
         math_reward([r"\boxed{4}"], solution=[])
     with pytest.raises(ValueError, match=r"`answer`.* strings or numbers, but has \['4'\]"):
         math_reward([r"\boxed{4}"], answer=[["4"]])
+    with pytest.raises(ValueError, match="`time_limit` must be above 0 seconds, but is 0"):
+        math_reward([r"\boxed{4}"], answer=["4"], time_limit=0)
 
 
 # Real data
