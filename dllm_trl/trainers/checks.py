@@ -22,7 +22,10 @@ _TEMPLATE_BYTES = 2048
 def check_model(model, model_init_kwargs: dict | None) -> None:
     """Raises unless `model`, a model or where to load one from, is one of our diffusion language models."""
     if not isinstance(model, str):
-        return check_diffusion_model(model)
+        try:
+            return check_diffusion_model(model)
+        except ValueError as error:
+            raise ValueError(f"`model`: {error}") from None
     options = {
         k: v for k, v in (model_init_kwargs or {}).items() if k in ("revision", "cache_dir", "token", "subfolder")
     }

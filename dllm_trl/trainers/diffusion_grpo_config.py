@@ -138,8 +138,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         super().__post_init__()
         for name in ("block_length", "denoising_steps", "num_slots"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
         for name in ("num_scored_pads", "overlong_slack"):
             value = getattr(self, name)
             if value is not None and value < 0:

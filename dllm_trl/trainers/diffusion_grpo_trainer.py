@@ -160,6 +160,11 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
                 "Neither the model's config nor `processing_class` names a mask token. Set "
                 "`model.config.mask_token_id` to the id the model was trained with, or `processing_class.mask_token`."
             )
+        if not 0 <= self.mask_token_id < config.vocab_size:
+            raise ValueError(
+                f"The mask token has id {self.mask_token_id}, but the model's vocabulary has {config.vocab_size} "
+                "tokens. Set `model.config.mask_token_id` to the id the model was trained with."
+            )
         self.generation_config = self._make_generation_config()
         limit = config.max_position_embeddings - self.max_completion_length
         if limit < 1:
@@ -289,6 +294,11 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         mode = "train" if self.model.training else "eval"
+        if max(max(ids, default=0) for ids in prompt_ids) >= self.model.config.vocab_size:
+            raise ValueError(
+                f"`processing_class` gives token ids beyond the model's vocabulary of {self.model.config.vocab_size}: "
+                "it is not the tokenizer of this model."
+            )
         # A row draws from a seed and its place in the whole run: no matter how many processes share the work, in what
         # state torch's generators are, or whether the run was resumed.
         if mode == "train":

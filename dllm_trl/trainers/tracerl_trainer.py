@@ -41,11 +41,11 @@ class TraceRLTrainer(DiffusionGRPOTrainer):
         # docstyle-ignore
         "citation": textwrap.dedent("""\
             @article{wang2025revolutionizing,
-                title        = {{Revolutionizing Reinforcement Learning Framework for Diffusion Large Language Models}},
-                author       = {Yinjie Wang and Ling Yang and Bowen Li and Ye Tian and Ke Shen and Mengdi Wang},
-                year         = 2025,
-                eprint       = {arXiv:2509.06949},
-            }"""),  # noqa: E501
+                title  = {{Revolutionizing Reinforcement Learning Framework for Diffusion Large Language Models}},
+                author = {Yinjie Wang and Ling Yang and Bowen Li and Ye Tian and Ke Shen and Mengdi Wang},
+                year   = 2025,
+                eprint = {arXiv:2509.06949},
+            }"""),
     }
     config_class = TraceRLConfig
 

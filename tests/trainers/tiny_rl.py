@@ -16,6 +16,10 @@ CHAT_TEMPLATE = (
 )
 
 
+# Punctuation ends a response too, so that some of a random model's responses end early
+EOS_IDS = [1] + [len(SPECIAL) + CHARACTERS.index(c) for c in ".,:?!\n"]
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -45,7 +49,7 @@ def make_model(moe: bool = False, seed: int = 0, **overrides):
         "num_key_value_heads": 2,
         "head_dim": 8,
         "max_position_embeddings": 128,
-        "initializer_range": 0.3,
+        "initializer_range": 0.2,
         "block_size": 4,
         "mask_token_id": 2,
         "pad_token_id": 0,
@@ -57,7 +61,9 @@ def make_model(moe: bool = False, seed: int = 0, **overrides):
         values |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
     config = AutoConfig.for_model("sdar_moe" if moe else "sdar", **(values | overrides))
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = EOS_IDS
+    return model
 
 
 def make_prompts(rows: int = 17) -> Dataset:

@@ -1,0 +1,423 @@
+"""The base trainer: what is scored is what the rollout saw, and TRL's loss gets it unchanged."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dllm_trl.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer, TraceRLConfig, TraceRLTrainer
+from dllm_trl.trainers.advantages import in_accuracy_range, is_overlong, population_z_score
+from dllm_trl.types import Round
+
+from .tiny_rl import EOS_IDS, letter_reward, make_model, make_prompts, make_tokenizer
+
+
+ORACLES = Path(os.environ.get("DLLM_TRL_ORACLES", Path(__file__).parents[1] / "fixtures" / "oracles"))
+
+
+def cases(name):
+    return [pytest.param(c, id=c["name"]) for c in json.loads((ORACLES / f"{name}.json").read_text())["cases"]]
+
+
+def make_trainer(tmp_path, model=None, trainer_class=TraceRLTrainer, reward_funcs=letter_reward, **options):
+    options = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 14,
+        "remasking_strategy": "low_confidence_static",
+        "denoising_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        **options,
+    }
+    other = {name: options.pop(name) for name in ("objective", "peft_config") if name in options}
+    trainer = trainer_class(
+        model=model or make_model(),
+        reward_funcs=reward_funcs,
+        args=trainer_class.config_class(**options),
+        train_dataset=make_prompts(),
+        processing_class=make_tokenizer(),
+        **other,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer
+
+
+def roll_out(trainer, prompts=(0, 5)):
+    rows = [trainer.train_dataset[i] for i in prompts for _ in range(trainer.num_generations)]
+    return trainer._generate_and_score_completions(rows)
+
+
+def replay(trainer, batch):
+    """Log-probabilities one row, round and block at a time, with the model's own attention and full logits."""
+    model, block_length = trainer.model, trainer.block_length
+    result = torch.zeros(batch["canvas_ids"].shape)
+    scores = torch.zeros_like(result)
+    for r in trainer.objective(batch, block_length):
+        for row in range(len(result)):
+            prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
+            length = int(batch["canvas_mask"][row].sum())
+            clean = torch.cat([prompt, batch["canvas_ids"][row, :length]])
+            masked = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), r.masked[row, :length]])
+            scored = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), r.scored[row, :length]])
+            for start in range(0, len(clean), block_length):
+                block = slice(start, min(start + block_length, len(clean)))
+                if not scored[block].any():
+                    continue
+                ids = clean[: block.stop].clone()
+                ids[block][masked[block]] = trainer.mask_token_id
+                with torch.no_grad():
+                    logits = model(input_ids=ids[None], block_length=block_length).logits[0]
+                logps = (logits / trainer.temperature).log_softmax(-1)
+                for position in range(block.start, block.stop):
+                    if scored[position]:
+                        result[row, position - len(prompt)] = logps[position, clean[position]]
+                        scores[row, position - len(prompt)] += 1
+    assert torch.equal(scores, batch["scored"].float())  # every token that counts, once
+    return result
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("block_length", [1, 4, 8])
+@pytest.mark.parametrize("shrink", [1, 2, 100])
+def test_scores_are_those_of_the_contexts_of_the_rollout(tmp_path, moe, block_length, shrink):
+    """
+    Trainer = replay block by block to 1e-5; with `shrink=1`, also = what decoding recorded, and the ratio to the old
+    policy is 1. Prompts are no multiple of the block, some rows end early, and the temperature is not 1.
+    """
+    trainer = make_trainer(
+        tmp_path,
+        make_model(moe),
+        block_length=block_length,
+        denoising_steps=min(block_length, 3),
+        shrink=shrink,
+        temperature=0.9,
+        num_iterations=2,
+        num_scored_pads=1,
+        seed=2,
+    )
+    batch = roll_out(trainer, prompts=(0, 5, 9, 14))
+    lengths = batch["completion_mask"].sum(1)
+    assert (lengths < 14).any() and (lengths == 14).any()
+    assert (batch["prompt_mask"].sum(1) % 8 != 0).any()
+    if block_length > 1:
+        assert (batch["scored"].sum(1) > lengths).any()  # a token after EOS that counts
+        assert (batch["scored"].sum(1) < batch["canvas_mask"].sum(1)).any()  # and one that does not
+    context = {
+        name: batch[name] for name in ("prompt_ids", "prompt_mask", "canvas_ids", "canvas_mask", "step_map", "scored")
+    }
+    logps, entropies, _ = trainer._score(context, trainer.model, False)
+    expected = replay(trainer, context)
+    torch.testing.assert_close(logps.detach(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch["old_per_token_logps"], expected, atol=1e-5, rtol=0)
+    ratio = (logps.detach() - batch["old_per_token_logps"]).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-4, rtol=0)
+    assert ((entropies > 0) == batch["scored"]).all()
+    if shrink == 1:
+        recorded = batch["sampling_per_token_logps"] * batch["scored"]
+        torch.testing.assert_close(logps.detach(), recorded, atol=1e-5, rtol=0)
+    else:
+        assert "sampling_per_token_logps" not in batch
+
+
+def test_only_scored_tokens_reach_the_head(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = roll_out(trainer)
+    seen = []
+    trainer.model.base_model.register_forward_hook(lambda *args: seen.append(args[2].last_hidden_state.shape))
+    trainer._compute_loss(trainer.model, batch)
+    assert seen == [(1, int(batch["scored"].sum()), trainer.model.config.hidden_size)]
+
+
+def test_num_items_and_normaliser_count_scored_tokens(tmp_path):
+    """TRL's default loss divides by `num_items_in_batch`: the scored tokens, not the completion mask."""
+    trainer = make_trainer(tmp_path, num_scored_pads=None, seed=2)
+    batch = roll_out(trainer, prompts=(0, 9))
+    assert batch["num_items_in_batch"] == batch["scored"].sum() > batch["completion_mask"].sum()
+    loss = trainer._compute_loss(trainer.model, batch)
+    expected = -(batch["advantages"][:, None] * batch["scored"]).sum() / batch["scored"].sum()
+    torch.testing.assert_close(loss.detach(), expected, atol=1e-6, rtol=0)
+
+
+def test_without_a_rollout_one_fully_masked_round(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = roll_out(trainer)
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch")
+    plain = {name: batch[name] for name in names}
+    assert trainer._compute_loss(trainer.model, plain).requires_grad
+    ids = torch.cat([plain["prompt_ids"], plain["completion_ids"]], 1)
+    mask = torch.cat([plain["prompt_mask"], plain["completion_mask"]], 1)
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, mask, plain["completion_ids"].size(1), batch_size=3
+    )
+    scored = plain["completion_mask"].bool()
+    context = {
+        **{name: plain[name] for name in names[:2]},
+        **trainer._fully_masked(plain["completion_ids"], plain["completion_mask"]),
+    }
+    rounds = trainer.objective(context, trainer.block_length)
+    assert len(rounds) == 1 and torch.equal(rounds[0].masked, scored)
+    torch.testing.assert_close(logps.detach(), replay(trainer, context), atol=1e-5, rtol=0)
+
+
+def test_an_objective_of_ones_own(tmp_path):
+    """A function from rows to rounds is an objective. Weights multiply a token's log-probability, per round."""
+
+    def halves(batch, block_length):
+        scored = batch["scored"]
+        even = torch.arange(scored.size(1)) % 2 == 0
+        everything = Round(masked=scored, scored=scored, weight=torch.full(scored.shape, 0.25))
+        return [everything, Round(masked=scored & even, scored=scored & even)]
+
+    trainer = make_trainer(tmp_path, trainer_class=DiffusionGRPOTrainer, objective=halves, max_steps=1)
+    batch = roll_out(trainer)
+    assert "sampling_per_token_logps" not in batch  # a stranger's rounds are not assumed to replay the rollout
+    logps, entropies, _ = trainer._score(batch, trainer.model, False)
+    first, second = halves(batch, 4)
+    parts = []
+    for r in (first, second):
+        trainer.objective = lambda batch, block_length, r=r: [Round(r.masked, r.scored)]
+        parts.append(trainer._score(batch, trainer.model, False))
+    torch.testing.assert_close(logps, 0.25 * parts[0][0] + parts[1][0])
+    times = first.scored.int() + second.scored.int()
+    torch.testing.assert_close(entropies, (parts[0][1] + parts[1][1]) / times.clamp(min=1))
+
+
+def has_a_loss_type(case):
+    """TRL has k3 only, and normalises the KL term as it does the policy term."""
+    inputs = case["inputs"]
+    return inputs.get("kl") == "k3" and (inputs["kl_norm"] == inputs["policy_norm"] or inputs["beta"] == 0)
+
+
+@pytest.mark.parametrize("case", [c for c in cases("seed_policy_loss") if has_a_loss_type(c.values[0])])
+def test_policy_loss(tmp_path, monkeypatch, case):
+    """The paper's loss with KL to the old policy, through TRL's own."""
+    inputs, expected = case["inputs"], case["expected"]
+    scored = torch.tensor(inputs["mask"])
+    rows, columns = scored.shape
+    trainer = make_trainer(
+        tmp_path,
+        loss_type={"response": "dr_grpo", "masked": "grpo"}[inputs["policy_norm"]],
+        use_bias_correction_kl=False,
+        max_completion_length=inputs["response_len"],
+        epsilon=inputs["eps"],
+        beta=inputs["beta"],
+        kl_target="old",
+    )
+    new, old = torch.tensor(inputs["logp_new"]), torch.tensor(inputs["logp_old"])
+    # Both calls, ours and TRL's: the second must be answered with what the first became
+    calls = []
+    original = type(trainer)._get_per_token_logps_and_entropies
+
+    def answer(*args, **kwargs):
+        calls.append(trainer._scores)
+        return (
+            original(trainer, *args, **kwargs) if trainer._scores is not None else (new, torch.zeros_like(new), None)
+        )
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", answer)
+    zeros = torch.zeros(rows, 1, dtype=torch.long)
+    loss = trainer._compute_loss(
+        trainer.model,
+        {
+            "prompt_ids": zeros,
+            "prompt_mask": zeros + 1,
+            "completion_ids": torch.zeros(rows, columns, dtype=torch.long),
+            "completion_mask": scored.long(),
+            "advantages": torch.tensor(inputs["adv"]),
+            "old_per_token_logps": old,
+            "num_items_in_batch": scored.sum(),
+        },
+    )
+    assert len(calls) == 2 and calls[0] is None
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_log_ratios_beyond_ten_have_no_gradient(tmp_path):
+    trainer = make_trainer(tmp_path, num_iterations=2)
+    batch = roll_out(trainer)
+    far = torch.zeros_like(batch["scored"])
+    far[:, 0] = True
+    batch["old_per_token_logps"] = torch.where(far, batch["old_per_token_logps"] - 30, batch["old_per_token_logps"])
+    batch["advantages"] = -torch.ones_like(batch["advantages"])  # the side that is not clipped
+    seen = {}
+    original = trainer._score
+
+    def score(*args):
+        logps, *rest = original(*args)
+        logps.retain_grad()
+        seen["logps"] = logps
+        return logps, *rest
+
+    trainer._score = score
+    loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    assert loss.isfinite() and loss < torch.e**10
+    gradient = seen["logps"].grad
+    assert (gradient[far] == 0).all() and (gradient[batch["scored"] & ~far] != 0).all()
+
+
+@pytest.mark.parametrize("case", cases("seed_math_group"))
+def test_filters(case):
+    inputs = case["inputs"]
+    kept, corrected, rewards = case["expected"]
+    lengths, correct = torch.tensor(inputs["lengths"]), torch.tensor(inputs["correct"])
+    overlong = is_overlong(lengths, torch.ones_like(correct), inputs["max_tokens"], 5)
+    assert (correct & ~overlong).tolist() == corrected
+    values = (correct & ~overlong).float()
+    assert in_accuracy_range(values, len(values), 0.2, 0.8).tolist() == [kept] * len(values)
+    torch.testing.assert_close(population_z_score(values, len(values)), torch.tensor(rewards))
+
+
+def test_no_slack_means_without_eos():
+    overlong = is_overlong(torch.tensor([9, 10, 10]), torch.tensor([False, True, False]), 10, 0)
+    assert overlong.tolist() == [False, False, True]
+
+
+def test_groups_without_a_reward_are_kept():
+    rewards = torch.tensor([torch.nan, torch.nan, 1.0, torch.nan, 1.0, 0.0])
+    assert in_accuracy_range(rewards, 2, 0.2, 0.8).tolist() == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("case", cases("adv_zscore_population"))
+def test_population_z_score(case):
+    rewards = torch.tensor(case["inputs"]["xs"])
+    expected = torch.tensor(case["expected"], dtype=rewards.dtype)
+    torch.testing.assert_close(population_z_score(rewards, len(rewards)), expected)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "scale_rewards"),
+    [("adv_zscore_population", "population"), ("adv_trl_group", "group"), ("adv_grpo_mean_only", "none")],
+)
+def test_advantages(tmp_path, fixture, scale_rewards):
+    case = next(c.values[0] for c in cases(fixture) if len(c.values[0]["inputs"]["xs"]) == 4)
+    given = case["inputs"]["xs"]
+    trainer = make_trainer(
+        tmp_path,
+        scale_rewards=scale_rewards,
+        reward_funcs=[
+            lambda completions, **kwargs: given + [None] * 3 + [1.0],
+            lambda completions, **kwargs: [None] * 8,
+        ],
+    )
+    advantages = roll_out(trainer)["advantages"]
+    torch.testing.assert_close(advantages[:4], torch.tensor(case["expected"], dtype=torch.float32))
+    assert (advantages[4:] == 0).all()  # no reward, and nothing to compare the single one with
+    assert list(trainer._logs["advantages"]) == pytest.approx(advantages.tolist())
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "luspo"])
+def test_dropped_groups_leave_the_normaliser(tmp_path, loss_type):
+    """The loss and its gradient are those of a batch without the dropped group."""
+    rewards = [1.0, 0.0, 0.0, 0.0] + [0.0] * 4
+    options = {"loss_type": loss_type, "beta": 0.1, "kl_target": "old", "num_iterations": 2}
+    if loss_type == "luspo":
+        options["importance_sampling_level"] = "sequence"
+    trainer = make_trainer(
+        tmp_path, reward_funcs=lambda completions, **kwargs: rewards, accuracy_range=[0.25, 0.75], **options
+    )
+    batch = roll_out(trainer)
+    assert not batch["scored"][4:].any() and batch["scored"][:4].any(1).all()
+    assert batch["num_items_in_batch"] == batch["scored"].sum()
+    alone = {name: value[:4] if value.ndim else value for name, value in batch.items() if name != "kl_scale"}
+    alone["advantages"] = alone["advantages"] / batch.get("kl_scale", 1)
+    gradients = []
+    for inputs in (batch, alone):
+        inputs["old_per_token_logps"] = inputs["old_per_token_logps"] + 0.1  # so that the KL term has a gradient
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, inputs)
+        loss.backward()
+        gradients.append((loss.item(), trainer.model.lm_head.weight.grad.clone()))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
+    torch.testing.assert_close(gradients[0][1], gradients[1][1], atol=1e-6, rtol=1e-4)
+    assert gradients[0][1].abs().max() > 1e-4
+
+
+def test_overlong_responses_are_wrong(tmp_path):
+    seen = {}
+
+    def always_right(completion_ids, **kwargs):
+        seen["ended"] = torch.tensor([ids[-1] in EOS_IDS for ids in completion_ids])
+        seen["lengths"] = torch.tensor([len(ids) for ids in completion_ids])
+        return [1.0] * len(completion_ids)
+
+    trainer = make_trainer(tmp_path, reward_funcs=always_right, overlong_slack=0, seed=2)
+    roll_out(trainer, prompts=(0, 9))
+    assert seen["ended"].any() and not seen["ended"].all()
+    assert trainer._rewards[:, 0].tolist() == seen["ended"].float().tolist()
+    trainer.args.overlong_slack = 8
+    roll_out(trainer, prompts=(0, 9))
+    assert trainer._rewards[:, 0].tolist() == (seen["lengths"] < 6).float().tolist()
+
+
+def test_truncated_responses_are_not_scored(tmp_path):
+    trainer = make_trainer(tmp_path, mask_truncated_completions=True, num_scored_pads=None, seed=2)
+    batch = roll_out(trainer, prompts=(0, 9))
+    ended = torch.isin(batch["completion_ids"], torch.tensor(EOS_IDS)).any(1)
+    assert ended.any() and not ended.all()
+    assert torch.equal(batch["scored"].any(1), ended)
+
+
+def test_rollouts_depend_on_the_seed_and_their_place_only(tmp_path):
+    def rollouts(seed, torch_seed, num_slots=None, prompts=(0, 5)):
+        trainer = make_trainer(tmp_path, seed=seed, num_slots=num_slots)
+        torch.manual_seed(torch_seed)
+        return roll_out(trainer, prompts)
+
+    first, same, other = rollouts(1, 1), rollouts(1, 2, num_slots=3), rollouts(2, 1)
+    for name in ("canvas_ids", "step_map"):
+        assert torch.equal(first[name], same[name])
+    assert not torch.equal(first["canvas_ids"], other["canvas_ids"])
+    repeated = rollouts(1, 1, prompts=(5, 5))  # another prompt before, the same place: the same responses
+    assert torch.equal(repeated["completion_ids"][4:, :4], first["completion_ids"][4:, :4])
+    assert not torch.equal(repeated["canvas_ids"][:4], repeated["canvas_ids"][4:])
+
+    trainer = make_trainer(tmp_path, seed=1)
+    trainer._step = trainer.args.steps_per_generation * trainer.num_iterations  # the next generation draws anew
+    assert not torch.equal(roll_out(trainer)["canvas_ids"], first["canvas_ids"])
+
+
+def test_generation_leaves_the_model_as_it_was(tmp_path):
+    """Decoding runs without dropout and without checkpointing, and both come back."""
+    trainer = make_trainer(tmp_path, make_model(attention_dropout=0.5))
+    trainer.model.gradient_checkpointing_enable()
+    first = roll_out(trainer)
+    assert trainer.model.training and trainer.model.is_gradient_checkpointing
+    trainer.model.eval()
+    trainer._eval_rows = 0
+    roll_out(trainer)
+    assert not trainer.model.training
+    plain = make_trainer(tmp_path)
+    assert torch.equal(roll_out(plain)["canvas_ids"], first["canvas_ids"])
+
+
+def test_config_is_checked(tmp_path):
+    for options, message in [
+        ({"block_length": 0}, "`block_length`"),
+        ({"block_length": -4}, "`block_length`"),
+        ({"denoising_steps": 0}, "`denoising_steps`"),
+        ({"num_scored_pads": -1}, "`num_scored_pads`"),
+        ({"overlong_slack": -1}, "`overlong_slack`"),
+        ({"accuracy_range": [0.8, 0.2]}, "`accuracy_range`"),
+        ({"accuracy_range": [0.5]}, "`accuracy_range`"),
+        ({"kl_target": "new"}, "`kl_target`"),
+        ({"on_policy_check": "maybe"}, "`on_policy_check`"),
+        ({"temperature": 0.0}, "`temperature`"),
+        ({"max_completion_length": None}, "`max_completion_length`"),
+        ({"kl_target": "old", "beta": 0.1, "sync_ref_model": True}, "`sync_ref_model"),
+        ({"scale_rewards": "population", "multi_objective_aggregation": "normalize_then_sum"}, "`scale_rewards"),
+        ({"block_size": 4}, "use `block_length`"),
+        ({"gen_length": 4}, "use `max_new_tokens`"),
+        ({"shrink": 0}, "`shrink`"),
+        ({"value_model": True}, "`value_model=True` is not available yet"),
+        ({"gamma": 0.9}, "`gamma`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TraceRLConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, **options)
+    assert DiffusionGRPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False).accuracy_range is None
