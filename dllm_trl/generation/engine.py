@@ -1,7 +1,8 @@
 """Many prompts through a fixed number of slots: refill of finished slots, one prefill per group of siblings."""
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,16 +53,13 @@ class DecodingPlan:
 
 @dataclass
 class _Row:
-    """A response being made: its prompt, its limit, and what it committed so far (response-relative)."""
+    """A response being made: its prompt, its limit, and what it committed in the blocks so far (response-relative)."""
 
     prompt: np.ndarray
     limit: int
     key: np.uint64
-    ids: np.ndarray = field(init=False)
-    steps: np.ndarray = field(init=False)
-    logprobs: np.ndarray = field(init=False)
+    prefix: bytes = b""  # names the whole blocks of the prompt
     forwards: int = 0
-    commits: int = 0
     canvas_length: int = 0
     length: int = 0
 
@@ -71,16 +69,35 @@ class _Row:
         self.logprobs = np.zeros(self.limit, dtype=np.float32)
 
 
+def _slot_dtype(width: int) -> np.dtype:
+    return np.dtype(
+        [
+            ("start", np.int64),  # first position of the block
+            ("end", np.int64),  # positions from here on do not exist for the row
+            ("key", np.uint64),  # of the row's draws
+            ("step", np.int64),  # forwards of this block
+            ("forwards", np.int64),  # forwards of the row
+            ("commits", np.int64),  # those of them that committed something
+            ("pending", np.bool_),  # the previous block waits for its commit
+            ("previous", np.int64, (width,)),
+            ("canvas", np.int64, (width,)),
+            ("masked", np.bool_, (width,)),
+            ("steps", np.int64, (width,)),
+            ("logprobs", np.float32, (width,)),
+        ],
+        align=True,
+    )
+
+
 class Decoder:
     r"""
     The decoding loop of block diffusion. A row in flight holds one block; all rows share one forward per step:
 
-    1. **Fill.** Free slots take the next rows. The full blocks of a prompt are computed once (`prefill`) and copied
-    into
-       the slot of each sibling; what is left of the prompt is the revealed head of the first block.
+    1. **Fill.** Free slots take the next rows. The whole blocks of a prompt are computed once (`prefill`) and copied
+       into the slot of each sibling; what is left of the prompt is the revealed head of the first block.
     2. **Forward.** `[finished block b | masks of block b+1]` for a row whose block was just finished, `[block]` for
-    the
-       others: committing a block to the cache costs no forward of its own, and a row's last block is never committed.
+       the others: committing a block to the cache costs no forward of its own, and a row's last block is never
+       committed.
     3. **Sample** a token at every masked position, from a generator keyed by (seed, position, step).
     4. **Commit** what the remasking strategy picks; the others stay masked.
     5. **Advance** rows whose block is full: end at EOS, at the row's limit or where a stopping criterion says so, else
@@ -105,87 +122,63 @@ class Decoder:
 
     def run(self, rows: list[_Row], num_slots: int) -> None:
         """Decodes `rows`, in place."""
-        _plan, width = self.plan, self.plan.block_length
-        slots = min(num_slots, len(rows))
+        width = self.plan.block_length
+        count = min(num_slots, len(rows))
         # One block beyond the longest row: the last block may be wider than what the row may still generate
         length = max(len(row.prompt) + row.limit for row in rows) // width * width + width
         parameter = self.model.get_input_embeddings().weight
-        self.cache = SlotCache(self.model.config, slots, length, parameter.dtype, parameter.device)
+        self.cache = SlotCache(self.model.config, count, length, parameter.dtype, parameter.device)
         self.forward.reserve(length)
-        self.rows: list[_Row] = []  # in flight: row of slot 0, 1, ...
-        self.start = np.zeros(slots, dtype=np.int64)  # first position of the block
-        self.end = np.zeros(slots, dtype=np.int64)  # positions from here on do not exist for the row
-        self.step_in_block = np.zeros(slots, dtype=np.int64)
-        self.keys = np.zeros(slots, dtype=np.uint64)
-        self.pending = np.zeros(slots, dtype=bool)  # the previous block waits for its commit
-        self.canvas = np.zeros((slots, width), dtype=np.int64)
-        self.masked = np.zeros((slots, width), dtype=bool)
-        self.previous = np.zeros((slots, width), dtype=np.int64)
+        self.slots = np.zeros(count, dtype=_slot_dtype(width))
+        self.rows: list[_Row] = []  # in flight: the row of slot 0, 1, ...
         self.prefixes: dict[bytes, Prefix] = {}
+        for row in rows:
+            row.prefix = row.prompt[: len(row.prompt) // width * width].tobytes()
+        self.users = Counter(row.prefix for row in rows)  # rows that still have to load each prefix
         waiting = list(reversed(rows))
         while waiting or self.rows:
-            if waiting and len(self.rows) < slots:
-                self._fill(waiting, slots)
+            if waiting and len(self.rows) < count:
+                self._fill(waiting)
             self._step()
 
-    def _fill(self, waiting: list[_Row], slots: int) -> None:
+    def _fill(self, waiting: list[_Row]) -> None:
         width = self.plan.block_length
-        taken = [waiting.pop() for _ in range(min(slots - len(self.rows), len(waiting)))]
+        taken = [waiting.pop() for _ in range(min(len(self.slots) - len(self.rows), len(waiting)))]
         taken.sort(key=lambda row: len(row.prompt))  # neighbours see about as many keys
-        heads = {}
-        for row in taken:
-            head = row.prompt[: len(row.prompt) // width * width]
-            heads.setdefault(head.tobytes(), head)
-        new = {key: head for key, head in heads.items() if key not in self.prefixes}
-        tensors = [torch.from_numpy(head).to(self.device) for head in new.values()]
-        self.prefixes.update(zip(new, self.forward.prefill(tensors, width), strict=True))
+        new = list(dict.fromkeys(row.prefix for row in taken if row.prefix not in self.prefixes))
+        heads = [torch.from_numpy(np.frombuffer(prefix, dtype=np.int64).copy()).to(self.device) for prefix in new]
+        self.prefixes.update(zip(new, self.forward.prefill(heads, width), strict=True))
         for row in taken:
             slot = len(self.rows)
             self.rows.append(row)
+            self.cache.load(slot, self.prefixes[row.prefix])
+            self.users[row.prefix] -= 1
+            if not self.users[row.prefix]:
+                del self.prefixes[row.prefix]
             known = len(row.prompt) % width
-            self.cache.load(slot, self.prefixes[row.prompt[: len(row.prompt) - known].tobytes()])
-            self.end[slot], self.keys[slot] = len(row.prompt) + row.limit, row.key
+            self.slots[slot] = np.zeros((), dtype=self.slots.dtype)
+            self.slots["key"][slot], self.slots["end"][slot] = row.key, len(row.prompt) + row.limit
             self._open(slot, len(row.prompt) - known, row.prompt[len(row.prompt) - known :])
-            self.pending[slot] = False
-        # Rows come in the order of their prompts: a prefix is needed as long as the next row has it
-        upcoming = {row.prompt[: len(row.prompt) // width * width].tobytes() for row in waiting}
-        self.prefixes = {key: prefix for key, prefix in self.prefixes.items() if key in upcoming}
 
     def _open(self, slot: int, start: int, known: np.ndarray) -> None:
         """A new block at `start` whose head `known` is revealed."""
-        self.start[slot], self.step_in_block[slot] = start, 0
-        self.canvas[slot] = self.plan.mask_token_id
-        self.canvas[slot, : len(known)] = known
-        positions = start + np.arange(self.plan.block_length)
-        self.masked[slot] = (positions >= start + len(known)) & (positions < self.end[slot])
+        block = self.slots[slot]
+        block["start"], block["step"], block["steps"] = start, 0, -1
+        block["canvas"] = self.plan.mask_token_id
+        block["canvas"][: len(known)] = known
+        block["masked"] = False
+        block["masked"][len(known) : block["end"] - start] = True
 
     def _step(self) -> None:
-        plan, count, width = self.plan, len(self.rows), self.plan.block_length
-        start, masked, canvas = self.start[:count], self.masked[:count], self.canvas[:count]
-        committing = self.pending[:count].nonzero()[0]
-        visible = np.minimum(start + width, self.end[:count])
-        starts = np.concatenate([start, start[committing] - width])
-        read = masked.reshape(-1).nonzero()[0]
-        units = Units(
-            ids=self._tensor(np.concatenate([canvas, self.previous[committing]])),
-            positions=self._tensor(starts[:, None] + np.arange(width)),
-            slots=self._tensor(np.concatenate([np.arange(count), committing])),
-            visible=self._tensor(np.concatenate([visible, start[committing]])),
-            rows=count,
-            length=int(visible.max()),
-            read=self._tensor(read),
-            spans=self._spans(visible, count) + self._spans(start[committing], len(committing), count),
-        )
+        plan, width, slots = self.plan, self.plan.block_length, self.slots[: len(self.rows)]
+        start, masked = slots["start"], slots["masked"]
+        units, read = self._units(slots)
         logits = self.forward.step(units, self.cache).float()  # (n, V)
-        self.pending[:count] = False
+        slots["pending"] = False
 
-        row_of, column_of = read // width, read % width
-        step = self.step_in_block[:count]
-        keys, positions = self.keys[row_of], (start[:, None] + np.arange(width))
-        tokens, log_probs, scores = self._sample(
-            logits, masked, keys, positions.reshape(-1)[read], step[row_of], row_of
-        )
-        quota = plan.quotas(step, masked.sum(-1))
+        row_of = read // width
+        tokens, log_probs, scores = self._sample(logits, slots, row_of, start[row_of] + read % width)
+        quota = plan.quotas(slots["step"], masked.sum(-1))
         commit = plan.sampler(
             scores,
             scores.masked,
@@ -193,42 +186,58 @@ class Decoder:
             confidence_threshold=plan.confidence_threshold,
             entropy_bound=plan.entropy_bound,
         )
-        commit = commit.cpu().numpy()
-        chosen = commit[row_of, column_of]
-        rows, columns = row_of[chosen], column_of[chosen]
-        canvas[rows, columns] = tokens[chosen]
-        masked[rows, columns] = False
-        self.step_in_block[:count] += 1
-
-        offsets = start[rows] + columns
-        for slot in range(count):
-            row = self.rows[slot]
-            row.forwards += 1
-        for slot, offset, token, log_prob in zip(
-            rows.tolist(), offsets.tolist(), tokens[chosen].tolist(), log_probs[chosen].tolist(), strict=True
-        ):
-            row = self.rows[slot]
-            offset -= len(row.prompt)
-            row.ids[offset], row.steps[offset], row.logprobs[offset] = token, row.commits, log_prob
-        for slot in np.unique(rows).tolist():
-            self.rows[slot].commits += 1
+        commit = commit.cpu().numpy()  # (A, W)
+        chosen = commit[masked]
+        slots["canvas"][commit] = tokens[chosen]
+        slots["logprobs"][commit] = log_probs[chosen]
+        slots["steps"][commit] = np.repeat(slots["commits"], commit.sum(-1))
+        masked &= ~commit
+        slots["step"] += 1
+        slots["forwards"] += 1
+        slots["commits"] += commit.any(-1)
         if self.streamer is not None and hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(torch.tensor(canvas[:1, : self.end[0] - start[0]]))
+            self.streamer.put_draft(torch.tensor(slots["canvas"][:, : slots["end"][0] - start[0]]))
         # From the last slot to the first, so that closing one leaves the smaller slots where they are
         for slot in (~masked.any(-1)).nonzero()[0][::-1].tolist():
             self._advance(slot)
 
-    def _spans(self, visible: np.ndarray, count: int, offset: int = 0) -> list[tuple[int, int, int, bool]]:
+    def _units(self, slots: np.ndarray) -> tuple[Units, np.ndarray]:
+        """What the next forward computes, and which of its first `A * W` tokens are masked."""
+        start, width, count = slots["start"], self.plan.block_length, len(slots)
+        ids, rows, starts = slots["canvas"], np.arange(count), start
+        visible = np.minimum(start + width, slots["end"])
+        spans = self._spans(visible)
+        committing = slots["pending"].nonzero()[0]
+        if len(committing):
+            ids = np.concatenate([ids, slots["previous"][committing]])
+            rows = np.concatenate([rows, committing])
+            starts = np.concatenate([start, start[committing] - width])
+            spans += self._spans(start[committing], count)
+            visible = np.concatenate([visible, start[committing]])
+        read = slots["masked"].reshape(-1).nonzero()[0]
+        units = Units(
+            ids=self._tensor(ids),
+            positions=self._tensor(starts[:, None] + np.arange(width)),
+            slots=self._tensor(rows),
+            visible=self._tensor(visible),
+            rows=count,
+            length=int(visible.max()),
+            read=self._tensor(read),
+            spans=spans,
+        )
+        return units, read
+
+    def _spans(self, visible: np.ndarray, offset: int = 0) -> list[tuple[int, int, int, bool]]:
         # On CPU few rows at a time see only as many keys as they need; elsewhere one launch for all is better
-        size = 8 if self.device.type == "cpu" else count
+        size = 8 if self.device.type == "cpu" else len(visible)
         spans = []
-        for first in range(0, count, size or 1):
+        for first in range(0, len(visible), size):
             seen = visible[first : first + size]
             longest = int(seen.max())
             spans.append((offset + first, offset + first + len(seen), longest, bool(seen.min() < longest)))
         return spans
 
-    def _sample(self, logits, masked, keys, positions, step, row_of):
+    def _sample(self, logits: torch.Tensor, slots: np.ndarray, row_of: np.ndarray, positions: np.ndarray):
         """A token for each masked position, its log-probability, and the scores for the strategy."""
         plan = self.plan
         if plan.temperature not in (0, 1):
@@ -237,22 +246,23 @@ class Decoder:
         allowed = every.index_fill(-1, plan.suppressed, -torch.inf)
         if plan.processors:
             allowed = self._process(logits.index_fill(-1, plan.suppressed, -torch.inf), row_of)
+        counters = slots["key"][row_of], positions, slots["step"][row_of]
         if plan.temperature > 0:
             if plan.warpers:
                 allowed = plan.warpers(None, allowed)
-            tokens = draw(allowed, self._tensor(uniform(keys, positions, step, 0)))
+            tokens = draw(allowed, self._tensor(uniform(*counters, 0)))
         else:
             tokens = allowed.argmax(-1)
         log_probs = every.gather(-1, tokens[:, None]).squeeze(-1)
-        scores = TokenScores(
-            self._tensor(masked), log_probs, every, lambda: self._tensor(uniform(keys, positions, step, 1))
-        )
+        masked = self._tensor(slots["masked"])
+        scores = TokenScores(masked, log_probs, every, lambda: self._tensor(uniform(*counters, 1)))
         return tokens.cpu().numpy(), log_probs.cpu().numpy(), scores
 
     def _process(self, logits: torch.Tensor, row_of: np.ndarray) -> torch.Tensor:
         """Logits processors, row by row: each sees the row's prompt and committed tokens once per masked position."""
         pieces = []
         for slot, scores in enumerate(logits.split(np.bincount(row_of, minlength=len(self.rows)).tolist())):
+            self._store(slot)
             pieces.append(self.plan.processors(self._context(slot).expand(len(scores), -1), scores))
         return torch.cat(pieces)
 
@@ -261,37 +271,40 @@ class Decoder:
         row = self.rows[slot]
         return self._tensor(np.concatenate([row.prompt, row.ids[row.steps >= 0]])[None])
 
+    def _store(self, slot: int) -> tuple[int, int]:
+        """Copies what a block committed to its row; returns where the block lies in the response."""
+        row, block = self.rows[slot], self.slots[slot]
+        shift = int(block["start"]) - len(row.prompt)
+        first, last = max(shift, 0), min(shift + self.plan.block_length, row.limit)
+        own = slice(first - shift, last - shift)
+        row.ids[first:last], row.steps[first:last] = block["canvas"][own], block["steps"][own]
+        row.logprobs[first:last] = block["logprobs"][own]
+        return first, last
+
     def _advance(self, slot: int) -> None:
         """The block of `slot` is full: end the row or open its next block."""
-        row, width, start = self.rows[slot], self.plan.block_length, int(self.start[slot])
-        first = max(start - len(row.prompt), 0)  # first response token of the block
-        row.canvas_length = row.length = min(start + width, int(self.end[slot])) - len(row.prompt)
-        ends = np.isin(row.ids[first : row.canvas_length], self.plan.eos_token_ids).nonzero()[0]
+        row, block = self.rows[slot], self.slots[slot]
+        first, last = self._store(slot)
+        row.canvas_length = row.length = last
+        ends = np.isin(row.ids[first:last], self.plan.eos_token_ids).nonzero()[0]
         if len(ends):
             row.length = first + int(ends[0]) + 1
         if self.streamer is not None:
             self.streamer.put(torch.from_numpy(row.ids[first : row.length][None]))
-        if (
-            len(ends)
-            or row.canvas_length == row.limit
-            or (self.plan.stopping and self.plan.stopping(self._context(slot)))
-        ):
+        stopped = self.plan.stopping is not None and self.plan.stopping(self._context(slot))
+        if len(ends) or last == row.limit or stopped:
             self._close(slot)
             return
-        self.previous[slot] = self.canvas[slot]
-        self.pending[slot] = True
-        self._open(slot, start + width, np.zeros(0, dtype=np.int64))
+        block["previous"], block["pending"] = block["canvas"], True
+        self._open(slot, int(block["start"]) + self.plan.block_length, np.zeros(0, dtype=np.int64))
 
     def _close(self, slot: int) -> None:
         """Frees a slot; the last row in flight moves there, so that rows in flight are slots 0, 1, ..."""
-        last = len(self.rows) - 1
+        row, last = self.rows[slot], len(self.rows) - 1
+        row.forwards = int(self.slots["forwards"][slot])
         if slot != last:
-            self.cache.move(last, slot, int(self.start[last]))
-            for array in (self.start, self.end, self.step_in_block, self.keys, self.pending):
-                array[slot] = array[last]
-            for array in (self.canvas, self.masked, self.previous):
-                array[slot] = array[last]
-            self.rows[slot] = self.rows[last]
+            self.cache.move(last, slot, int(self.slots["start"][last]))
+            self.slots[slot], self.rows[slot] = self.slots[last], self.rows[last]
         self.rows.pop()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
