@@ -64,8 +64,9 @@ class SlotView:
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args, **kwargs):
         stored_keys, stored_values = self.cache.keys[layer_idx], self.cache.values[layer_idx]
         index = (self.slots[:, None], slice(None), self.positions)
-        stored_keys[index] = keys.transpose(1, 2)  # (U, W, kv_heads, head_dim)
-        stored_values[index] = values.transpose(1, 2)
+        # (U, W, kv_heads, head_dim); under autocast keys may come in another type than attention will cast them to
+        stored_keys[index] = keys.transpose(1, 2).to(stored_keys.dtype)
+        stored_values[index] = values.transpose(1, 2).to(stored_values.dtype)
         return stored_keys[self.slots, :, : self.length], stored_values[self.slots, :, : self.length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -126,8 +126,10 @@ class Decoder:
         count = min(num_slots, len(rows))
         # One block beyond the longest row: the last block may be wider than what the row may still generate
         length = max(len(row.prompt) + row.limit for row in rows) // width * width + width
-        parameter = self.model.get_input_embeddings().weight
-        self.cache = SlotCache(self.model.config, count, length, parameter.dtype, parameter.device)
+        dtype, kind = self.model.get_input_embeddings().weight.dtype, self.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        self.cache = SlotCache(self.model.config, count, length, dtype, self.device)
         self.forward.reserve(length)
         self.slots = np.zeros(count, dtype=_slot_dtype(width))
         self.rows: list[_Row] = []  # in flight: the row of slot 0, 1, ...

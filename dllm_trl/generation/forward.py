@@ -89,7 +89,9 @@ class StockForward:
 
 def make_forward(model: nn.Module, fused: bool | None = None) -> "StockForward | FusedForward":
     """The fastest forward that computes what `model` computes; `fused` forces one of the two."""
-    supported = FusedForward.supports(model)
+    # Autocast picks a type for each operation of the modules: only they compute what the trainer computes under it
+    autocast = torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
+    supported = FusedForward.supports(model) and not autocast
     if fused and not supported:
         raise ValueError(
             f"The fused decode forward does not cover {type(model).__name__} as it is; leave `fused` unset."

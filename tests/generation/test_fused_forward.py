@@ -109,3 +109,20 @@ def test_lora_takes_the_stock_path_and_counts():
     assert not torch.equal(trained.logprobs, base.logprobs)
     output = model.generate(input_ids=torch.tensor([[1, 2, 3, 4, 5]]), max_new_tokens=8)
     assert output[0, 5:].tolist() == trained.canvas_ids[0].tolist()
+
+
+def test_autocast_takes_the_stock_path(dense):
+    """Under autocast the modules decide which operation runs in which type, for the trainer and so for the rollout."""
+    from dllm_trl.generation import generate_rollouts
+
+    prompt = [5, 9, 2, 7, 11, 3]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(make_forward(dense), StockForward)
+        rollout = generate_rollouts(dense, [prompt], max_new_tokens=2)
+        canvas = torch.tensor([prompt + [MASK] * 2])
+        with torch.no_grad():
+            log_probs = dense(canvas).logits[0, 6:].float().log_softmax(-1)
+    first = rollout.step_map[0] == 0
+    expected = log_probs[first].gather(-1, rollout.canvas_ids[0, first][:, None])[:, 0]
+    torch.testing.assert_close(rollout.logprobs[0, first], expected, atol=2e-2, rtol=0)
+    assert isinstance(make_forward(dense), FusedForward)
