@@ -5,6 +5,7 @@ hooks; [`FusedForward`](fused_forward.py) is the fast one for plain llama-like d
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -87,6 +88,31 @@ class StockForward:
         return self.model.get_output_embeddings()(hidden.flatten(0, 1)[units.read])
 
 
+# The packed weights of small models are kept between calls: packing costs as much as a handful of steps.
+REUSED_PARAMETERS = 2**26
+_READY: WeakKeyDictionary[nn.Module, tuple[list, FusedForward]] = WeakKeyDictionary()
+
+
+def _fingerprint(model: nn.Module) -> list:
+    """Changes with the weights, however they are changed: the version counters miss what goes through `.data`, a hash
+    of the bits misses a change of sign, a sum misses an exchange."""
+    marks = []
+    for parameter in model.parameters():
+        weights = parameter.detach().flatten(0, -2) if parameter.dim() > 1 else parameter.detach()[None]
+        sums = weights @ _ramp(weights)
+        marks += [
+            parameter.data_ptr(),
+            parameter._version,
+            torch.hash_tensor(weights).item(),
+            (sums @ _ramp(sums)).item(),
+        ]
+    return marks
+
+
+def _ramp(weights: torch.Tensor) -> torch.Tensor:
+    return torch.linspace(1, 2, weights.size(-1), dtype=weights.dtype, device=weights.device)
+
+
 def make_forward(model: nn.Module, fused: bool | None = None) -> "StockForward | FusedForward":
     """The fastest forward that computes what `model` computes; `fused` forces one of the two."""
     # Autocast picks a type for each operation of the modules: only they compute what the trainer computes under it
@@ -96,4 +122,11 @@ def make_forward(model: nn.Module, fused: bool | None = None) -> "StockForward |
         raise ValueError(
             f"The fused decode forward does not cover {type(model).__name__} as it is; leave `fused` unset."
         )
-    return FusedForward(model) if (supported if fused is None else fused) else StockForward(model)
+    if not (supported if fused is None else fused):
+        return StockForward(model)
+    if model.num_parameters() > REUSED_PARAMETERS or not hasattr(torch, "hash_tensor"):
+        return FusedForward(model)
+    marks = _fingerprint(model)
+    if model not in _READY or _READY[model][0] != marks:
+        _READY[model] = marks, FusedForward(model)
+    return _READY[model][1]

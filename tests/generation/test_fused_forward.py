@@ -1,5 +1,7 @@
 """The fused decode forward computes what the model's own modules compute, and stands back where it would not."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -57,15 +59,41 @@ def test_logits_and_cache_equal_the_stock_modules(variant, dtype, tolerance):
         torch.testing.assert_close(a.float(), b.float(), atol=max(tolerance * b.abs().max().item(), 1e-5), rtol=0)
 
 
-def test_weights_changed_after_a_call_are_used_by_the_next(dense):
-    from dllm_trl.generation import generate_rollouts
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.neg_(),
+        lambda p: p[[0, 5]].copy_(p[[5, 0]]),
+        lambda p: p.index_copy_(0, torch.tensor([0, 5]), p[[5, 0]].clone()),
+        lambda p: p[3, 3].add_(1e-3),
+        lambda p: p.zero_(),
+    ],
+)
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_weights_changed_after_a_call_are_used_by_the_next(name, change):
+    """Packed weights are kept between calls as long as they are the model's, however those were changed."""
+    model = tiny_model()
+    first = make_forward(model)
+    assert make_forward(model) is first
+    before = model.get_parameter(name).detach().clone()
+    change(model.get_parameter(name).data)  # through .data: no version counter notices
+    changed = not torch.equal(before, model.get_parameter(name))
+    assert (make_forward(model) is not first) == changed
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.5)
+    assert make_forward(model) is not first
 
-    before = generate_rollouts(dense, [[1, 2, 3]], max_new_tokens=4)
-    saved = dense.lm_head.weight.data.clone()
-    dense.lm_head.weight.data.neg_()  # through .data: no version counter notices
-    after = generate_rollouts(dense, [[1, 2, 3]], max_new_tokens=4)
-    dense.lm_head.weight.data.copy_(saved)
-    assert not torch.equal(before.logprobs, after.logprobs)
+
+def test_kept_weights_go_with_their_model():
+    from dllm_trl.generation.forward import _READY
+
+    model = tiny_model()
+    make_forward(model)
+    assert model in _READY
+    count = len(_READY)
+    del model
+    gc.collect()
+    assert len(_READY) < count
 
 
 def test_what_it_does_not_cover_takes_the_stock_path():
