@@ -6,6 +6,8 @@ import importlib
 _EXPORTS = {
     "DiffusionGRPOConfig": "diffusion_grpo_config",
     "DiffusionGRPOTrainer": "diffusion_grpo_trainer",
+    "DiffusionSFTConfig": "sft_config",
+    "DiffusionSFTTrainer": "sft_trainer",
     "TraceRLConfig": "tracerl_config",
     "TraceRLTrainer": "tracerl_trainer",
 }

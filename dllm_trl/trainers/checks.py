@@ -135,3 +135,21 @@ def guard_reward(name: str, function: Callable) -> Callable:
                 return _check_rewards(name, function(**kwargs))
 
     return guarded
+
+
+def find_mask_token(config, tokenizer) -> int:
+    """Id of the mask token, from the model's config or else from the tokenizer. Raises if there is none."""
+    mask_token_id = config.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = tokenizer.mask_token_id
+    if mask_token_id is None:
+        raise ValueError(
+            "Neither the model's config nor `processing_class` names a mask token. Set `model.config.mask_token_id` "
+            "to the id the model was trained with, or `processing_class.mask_token`."
+        )
+    if not 0 <= mask_token_id < config.vocab_size:
+        raise ValueError(
+            f"The mask token has id {mask_token_id}, but the model's vocabulary has {config.vocab_size} tokens. Set "
+            "`model.config.mask_token_id` to the id the model was trained with."
+        )
+    return mask_token_id

@@ -1,0 +1,385 @@
+import textwrap
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
+from transformers import (
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import ModelOutput
+from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id
+
+from .._compat import use_small_logprob_tiles
+from ..modeling.packing import pack_rounds
+from ..types import Round
+from .checks import check_model, find_mask_token
+from .model_card import DiffusionModelCardMixin
+from .objectives.sft import (
+    make_sft_objective,
+    num_levels,
+    num_loss_items,
+    sft_loss,
+    stratify,
+    unpack_rows,
+)
+from .sft_config import DiffusionSFTConfig
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class DiffusionSFTOutput(ModelOutput):
+    r"""
+    What [`DiffusionSFTTrainer.compute_loss`] returns with `return_outputs=True`.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(B, S, V)`):
+            Logits of the tokens that this corruption scored, 0 elsewhere.
+        labels (`torch.LongTensor` of shape `(B, S)`):
+            Those tokens, -100 elsewhere.
+    """
+
+    logits: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+
+class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
+    r"""
+    [`~trl.SFTTrainer`] for diffusion language models. Datasets are prepared as in TRL (text, messages, prompt and
+    completion, `completion_only_loss`, `assistant_only_loss`, truncation, packing); an objective masks some of the
+    trained tokens, and the model learns to predict them.
+
+    The corruption is a function of `args.seed`, the optimizer step and the sequence's place in the batch: a resumed
+    run, another number of processes and another split into accumulation steps see the same. In evaluation it is a
+    function of the sequence itself, so losses of different evaluations can be compared.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from dllm_trl import DiffusionSFTTrainer
+
+    trainer = DiffusionSFTTrainer(
+        model="JetLM/SDAR-1.7B-Chat",
+        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
+        optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config, formatting_func:
+            As in [`~trl.SFTTrainer`]. `compute_metrics` gets logits and labels of the tokens that were scored, and
+            labels -100 elsewhere.
+        args ([`DiffusionSFTConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        compute_loss_func:
+            Not supported, must stay `None`: write an objective.
+    """
+
+    _tag_names = ["trl", "dllm-trl", "sft"]
+    _name = "Diffusion SFT"
+    _paper = {
+        "title": "Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models",
+        "id": "2503.09573",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{arriola2025block,
+                title        = {{Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models}},
+                author       = {Marianne Arriola and Aaron Gokaslan and Justin T. Chiu and Zhihan Yang and Zhixuan Qi and Jiaqi Han and Subham Sekhar Sahoo and Volodymyr Kuleshov},
+                year         = 2025,
+                booktitle    = {The Thirteenth International Conference on Learning Representations, ICLR 2025},
+                url          = {https://arxiv.org/abs/2503.09573},
+            }"""),  # noqa: E501
+    }
+    # `compute_loss` divides by what the whole accumulated batch has of trained tokens (or sequences)
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",  # noqa: F821
+        args: DiffusionSFTConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: "BitsAndBytesConfig | None" = None,  # noqa: F821
+        peft_config: "PeftConfig | None" = None,  # noqa: F821
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = DiffusionSFTConfig(f"{model_name.split('/')[-1]}-Diffusion-SFT")
+        elif isinstance(args, TrainingArguments) and not isinstance(args, DiffusionSFTConfig):
+            values = args.to_dict()
+            values["hub_token"] = args.hub_token  # to_dict hides it
+            args = DiffusionSFTConfig(**values)
+        self._refuse(model, compute_loss_func, peft_config)
+        check_model(model, args.model_init_kwargs)
+        if not formatting_func and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            _check_columns("train_dataset", train_dataset, args.dataset_text_field)
+            _check_columns("eval_dataset", eval_dataset, args.dataset_text_field)
+        self.objective = make_sft_objective(args.objective, noise_per=args.noise_per, eps=args.noise_eps)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+        use_small_logprob_tiles(self.accelerator.device.type)
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
+            raise ValueError(
+                "Context, sequence and tensor parallelism are not supported by `DiffusionSFTTrainer`: it corrupts and "
+                "packs whole sequences. Use DDP, FSDP or DeepSpeed ZeRO."
+            )
+
+        config = self.model.config
+        if config.diffusion_attention != "block":
+            raise ValueError(
+                f"`model` is of type `{config.model_type}`, whose attention knows no blocks. `objective="
+                f"{args.objective!r}` trains block diffusion models."
+            )
+        self.block_length = args.block_length or config.block_size
+        self.mask_token_id = find_mask_token(config, self._tokenizer)
+        fill = config.diffusion_attention == "block" if args.eos_fill is None else args.eos_fill
+        self._fill_token_id = self._tokenizer.eos_token_id if fill else None
+        if fill and self._fill_token_id is None:
+            raise ValueError(
+                "`eos_fill=True` needs an EOS token, but `processing_class` has none. Set "
+                "`processing_class.eos_token`, or `eos_fill=False`."
+            )
+        # A chat template may end turns with another token than the tokenizer's EOS: decoding stops at all of these.
+        stops = self.model.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops]
+        self._eos_token_ids = torch.tensor([i for i in [*stops, self._tokenizer.eos_token_id] if i is not None])
+        limit = config.max_position_embeddings
+        if args.max_length is not None and args.max_length > limit:
+            logger.warning(
+                f"`max_length={args.max_length}` allows sequences longer than the model's context of {limit} tokens. "
+                f"Set `max_length={limit}`."
+            )
+
+    @staticmethod
+    def _refuse(model, compute_loss_func, peft_config) -> None:
+        if compute_loss_func is not None:
+            raise ValueError(
+                "`compute_loss_func` is not supported by `DiffusionSFTTrainer`: it gets the logits of a causal model. "
+                "Pass a callable as `DiffusionSFTConfig(objective=...)`, or override `compute_loss`."
+            )
+        configs = [peft_config, *getattr(model, "peft_config", {}).values()]
+        for config in configs:
+            if getattr(config, "is_prompt_learning", False):
+                raise ValueError(
+                    f"`peft_config` of type `{type(config).__name__}` adds virtual tokens, which the block grid does "
+                    "not know. Use LoRA or another method that changes weights."
+                )
+
+    # ---------------------------------------------------------------------------------------------------- corruption
+
+    def _rows(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return unpack_rows(
+            inputs["input_ids"],
+            inputs["labels"],
+            inputs.get("attention_mask"),
+            inputs.get("position_ids"),
+            block_length=self.block_length,
+            fill_token_id=self._fill_token_id,
+            eos_token_ids=self._eos_token_ids,
+        )
+
+    def _levels(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+        uniform = torch.rand(count, generator=generator)
+        return stratify(uniform, torch.randperm(count, generator=generator)) if self.args.antithetic else uniform
+
+    def _corrupt(self, rows: dict[str, torch.Tensor], levels: torch.Tensor, uniform: torch.Tensor) -> list[Round]:
+        device = rows["canvas_ids"].device
+        batch = {**rows, "levels": levels.to(device), "uniform": uniform.to(device)}
+        return self.objective(batch, self.block_length)
+
+    def _corrupt_by_content(self, rows: dict[str, torch.Tensor]) -> list[Round]:
+        """Each row draws from a generator of its own, seeded by what the row holds."""
+        levels, uniform = [], []
+        counts = zip(
+            num_levels(self.objective, rows, self.block_length).tolist(), rows["scored"].sum(1).tolist(), strict=True
+        )
+        for (num, trained), ids, exists in zip(counts, rows["canvas_ids"], rows["canvas_mask"], strict=True):
+            generator = _generator(self.args.seed, zlib.crc32(ids[exists.bool()].cpu().numpy().tobytes()))
+            levels.append(self._levels(num, generator))
+            uniform.append(torch.rand(trained, generator=generator))
+        return self._corrupt(rows, torch.cat(levels), torch.cat(uniform))
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, num_items
+        all_rows = [self._rows(batch) for batch in batches]
+        needs = [
+            (
+                num_levels(self.objective, rows, self.block_length).sum(),
+                rows["scored"].sum(),
+                num_loss_items(rows["scored"].sum(1), self.args.loss_norm),
+            )
+            for rows in all_rows
+        ]
+        needs = torch.tensor(needs, device=device)  # (accumulation steps, 3)
+        # In the order in which one process would have met the batches: by accumulation step, then by process.
+        needs = self.accelerator.gather(needs[None]).transpose(0, 1).reshape(-1, 3).cpu()
+        totals, ends = needs.sum(0).tolist(), needs.cumsum(0)
+
+        generator = _generator(self.args.seed, self.state.global_step)
+        levels, uniform = self._levels(totals[0], generator), torch.rand(totals[1], generator=generator)
+        for step, rows in enumerate(all_rows):
+            place = step * self.accelerator.num_processes + self.accelerator.process_index
+            (level_end, token_end, _), (num, trained, _) = ends[place].tolist(), needs[place].tolist()
+            rounds = self._corrupt(rows, levels[level_end - num : level_end], uniform[token_end - trained : token_end])
+            batches[step]["corruption"] = (rows, rounds)
+        if not self.args.average_tokens_across_devices:
+            own = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+            totals = needs[own].sum(0).tolist()
+        return batches, torch.tensor(totals[2], device=device)
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        if "corruption" in inputs:
+            rows, rounds = inputs["corruption"]
+        else:
+            rows = self._rows(inputs)
+            rounds = self._corrupt_by_content(rows)
+        packed = pack_rounds(
+            rows["prompt_ids"],
+            rows["prompt_mask"],
+            rows["canvas_ids"],
+            rows["canvas_mask"],
+            rounds,
+            block_length=self.block_length,
+            mask_token_id=self.mask_token_id,
+            logit_shift=self.model.config.logit_shift,
+        )
+        model_inputs = {
+            "input_ids": packed.input_ids,
+            "position_ids": packed.position_ids,
+            "plan": packed.plan,
+            "score_index": packed.score_index,
+            "use_cache": False,
+        }
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        outputs = model(**model_inputs, shift_labels=packed.labels[None], fused_lm_head=True)
+
+        nll = -outputs.log_probs[0]
+        if self.args.loss_type == "dft":
+            nll = nll * outputs.log_probs[0].exp().detach()
+        weights = [torch.ones_like(r.scored, dtype=nll.dtype) if r.weight is None else r.weight for r in rounds]
+        weight = torch.stack(weights)[packed.index].to(nll.device) if rounds else torch.ones_like(nll)
+        num_trained = rows["scored"].sum(1)
+        loss = sft_loss(nll, weight, packed.index[1], num_trained, self.args.loss_norm, num_items_in_batch)
+        # As in TRL: the normaliser counts all processes, over which DDP averages the gradients
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        if self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        self._record(mode, inputs, outputs)
+
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            logits = model(**model_inputs).logits[0]
+        source = rows["source"][packed.index[1:]]
+        known = source >= 0  # fill has no place in the batch
+        scores = logits.new_zeros(inputs["input_ids"].numel(), logits.size(-1))
+        scores[source[known]] = logits[known]
+        labels = torch.full_like(inputs["input_ids"], -100).flatten()
+        labels[source[known]] = packed.labels[known]
+        shape = inputs["input_ids"].shape
+        return loss, DiffusionSFTOutput(logits=scores.view(*shape, -1), labels=labels.view(shape))
+
+    def _record(self, mode: str, inputs: dict[str, torch.Tensor], outputs) -> None:
+        """TRL's metrics, over the scored tokens."""
+        metrics, gather = self._metrics[mode], self.accelerator.gather_for_metrics
+        count = gather(outputs.label_mask.sum()).sum()
+        for name, values in (("entropy", outputs.entropy.detach()), ("mean_token_accuracy", outputs.is_top1)):
+            total = gather(values.sum()).sum()
+            metrics[name].append((total / count).item() if count > 0 else 0.0)
+        if mode == "train":
+            mask = inputs.get("attention_mask")
+            tokens = torch.tensor(inputs["input_ids"].size(1), device=count.device) if mask is None else mask.sum()
+            self._total_train_tokens += gather(tokens).sum().item()
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled:
+            metrics["aux_loss"].append(gather(outputs.aux_loss.detach()).mean().item())
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, outputs.logits, outputs.labels
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    """A generator whose numbers have nothing to do with those of neighbouring seeds."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1))
+
+
+def _check_columns(name: str, dataset, text_field: str) -> None:
+    """Raises if a dataset (or one of a dict of them) has none of the columns that TRL prepares."""
+    if dataset is None:
+        return
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            _check_columns(f"{name}[{key!r}]", part, text_field)
+        return
+    columns = get_dataset_column_names(dataset)
+    known = ({"input_ids"}, {text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"})
+    if not any(needed <= set(columns) for needed in known):
+        raise ValueError(
+            f"`{name}` has only the columns {list(columns)}. Rename yours to `prompt` and `completion`, `messages` or "
+            f"`{text_field}` (`dataset_text_field`), or pass a `formatting_func`."
+        )
