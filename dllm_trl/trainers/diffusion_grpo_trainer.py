@@ -17,10 +17,11 @@ from trl.extras.profiling import profiling_context, profiling_decorator
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler, get_config_model_id
 
+from .._compat import use_small_logprob_tiles
 from ..generation import DiffusionGenerationConfig, generate_rollouts
 from ..modeling.packing import pack_rounds
 from .advantages import in_accuracy_range, is_overlong, population_z_score
-from .checks import check_columns, check_model, check_prompts, guard_reward
+from .checks import check_columns, check_model, check_prompts, find_mask_token, guard_reward
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .model_card import DiffusionModelCardMixin
 from .objectives import Objective, TraceObjective, make_objective
@@ -142,6 +143,7 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
+        use_small_logprob_tiles(self.accelerator.device.type)
         if self.scale_rewards == "population":
             self.scale_rewards = "none"  # TRL centres the rewards, `_set_advantages` does the rest
 
@@ -152,19 +154,7 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
                 "trains block diffusion models."
             )
         self.block_length = args.block_length or config.block_size
-        self.mask_token_id = config.mask_token_id
-        if self.mask_token_id is None:
-            self.mask_token_id = self._tokenizer.mask_token_id
-        if self.mask_token_id is None:
-            raise ValueError(
-                "Neither the model's config nor `processing_class` names a mask token. Set "
-                "`model.config.mask_token_id` to the id the model was trained with, or `processing_class.mask_token`."
-            )
-        if not 0 <= self.mask_token_id < config.vocab_size:
-            raise ValueError(
-                f"The mask token has id {self.mask_token_id}, but the model's vocabulary has {config.vocab_size} "
-                "tokens. Set `model.config.mask_token_id` to the id the model was trained with."
-            )
+        self.mask_token_id = find_mask_token(config, self._tokenizer)
         self.generation_config = self._make_generation_config()
         limit = config.max_position_embeddings - self.max_completion_length
         if limit < 1:

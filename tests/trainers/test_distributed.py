@@ -30,8 +30,10 @@ def launch(output_dir: Path, processes: int = 1, **options) -> int:
     file.write_text(json.dumps({**COMMON, "output_dir": str(output_dir), **options}))
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "--no_python"]
-        command.append(sys.executable)
+        # What `--multi_gpu` says is that accelerate starts several processes; on CPUs they talk through gloo
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", "0"]
     paths = [str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
         [*command, str(HERE / "run_tracerl.py"), str(file)],
@@ -52,19 +54,24 @@ def history(output_dir: Path, name: str) -> list[float]:
 
 
 def test_two_processes_equal_one_with_accumulation(tmp_path):
-    """Same responses, same loss, same gradient, same weights, also with groups split over the processes."""
+    """
+    Same responses, same loss, same gradient, same weights, with groups that are split over the processes and some that
+    are dropped.
+    """
     options = {
         "per_device_train_batch_size": 2,
         "max_steps": 3,
         "beta": 0.05,
         "kl_target": "old",
+        "accuracy_range": [0.25, 0.5],
         "save_strategy": "no",
     }
     launch(tmp_path / "one", gradient_accumulation_steps=4, **options)
     launch(tmp_path / "two", processes=2, gradient_accumulation_steps=2, **options)
-    for name in ("reward", "decode/forward_passes"):
+    for name in ("reward", "decode/forward_passes", "frac_groups_dropped"):
         assert history(tmp_path / "two", name) == pytest.approx(history(tmp_path / "one", name), abs=1e-6)
-    for name in ("loss", "grad_norm", "entropy"):
+    assert 0 < sum(history(tmp_path / "one", "frac_groups_dropped")) < 3
+    for name in ("loss", "grad_norm"):
         one = history(tmp_path / "one", name)
         assert len(one) == 3
         assert history(tmp_path / "two", name) == pytest.approx(one, abs=1e-5)
@@ -75,26 +82,27 @@ def test_two_processes_equal_one_with_accumulation(tmp_path):
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     """
-    Killed twice with -9: in the middle of the first generation buffer, and of a later one in another epoch. One buffer
-    lasts 8 updates here, and one epoch has one buffer.
+    Killed with -9 in the middle of a generation buffer. A buffer lasts 8 updates here and is one epoch, so the run
+    stops in the second epoch and goes on with half of the second buffer used.
     """
     options = {
         "per_device_train_batch_size": 4,
         "steps_per_generation": 4,
         "num_iterations": 2,
         "gradient_accumulation_steps": 1,
-        "max_steps": 13,
+        "max_steps": 18,
         "save_steps": 1,
+        "save_total_limit": 2,
         "rows": 5,
     }
     assert launch(tmp_path / "whole", **options) == 0
-    assert launch(tmp_path / "killed", kill_at=3, **options) == -signal.SIGKILL
-    assert launch(tmp_path / "killed", kill_at=11, resume=True, **options) == -signal.SIGKILL
+    assert launch(tmp_path / "killed", kill_at=12, **options) == -signal.SIGKILL
     # The kill may hit while a checkpoint is written: what has no `trainer_state.json` is passed over
-    half = tmp_path / "killed" / "checkpoint-11"
+    half = tmp_path / "killed" / "checkpoint-12"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half a file")
     assert launch(tmp_path / "killed", resume=True, **options) == 0
     whole, killed = (tmp_path / name / "model.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
     assert history(tmp_path / "whole", "reward") == history(tmp_path / "killed", "reward")
+    assert len(history(tmp_path / "whole", "reward")) == 3  # three buffers, one of them after the resumed one
