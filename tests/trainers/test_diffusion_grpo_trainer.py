@@ -1,11 +1,14 @@
 """The base trainer: what is scored is what the rollout saw, and TRL's loss gets it unchanged."""
 
+import inspect
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
+from trl import GRPOTrainer
 
 from dllm_trl.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer, TraceRLConfig, TraceRLTrainer
 from dllm_trl.trainers.advantages import in_accuracy_range, is_overlong, population_z_score
@@ -395,6 +398,30 @@ def test_generation_leaves_the_model_as_it_was(tmp_path):
     assert not trainer.model.training
     plain = make_trainer(tmp_path)
     assert torch.equal(roll_out(plain)["canvas_ids"], first["canvas_ids"])
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "arguments"),
+    [
+        (GRPOTrainer, "_generate_single_turn", "prompt_ids images multimodal_fields num_generations has_tool_images"),
+        (GRPOTrainer, "_calculate_rewards", "inputs prompts completions completion_ids_list"),
+        (GRPOTrainer, "_generate_and_score_completions", "inputs"),
+        (GRPOTrainer, "_compute_loss", "model inputs"),
+        (GRPOTrainer, "_tokenize_prompts", "prompts"),
+        (GRPOTrainer, "_get_train_sampler", "dataset"),
+        (Trainer, "_save_rng_state", "output_dir"),
+        (Trainer, "_load_rng_state", "checkpoint"),
+    ],
+)
+def test_what_we_override_is_what_we_know(owner, method, arguments):
+    """Methods without a promise of stability: a TRL or transformers that changes them needs a look at the trainer."""
+    assert list(inspect.signature(getattr(owner, method)).parameters)[1:] == arguments.split()
+
+
+def test_log_probability_method_has_the_arguments_we_know():
+    names = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    ours = list(inspect.signature(DiffusionGRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert names[: len(ours) - 1] == ours[:-1]
 
 
 def test_config_is_checked(tmp_path):

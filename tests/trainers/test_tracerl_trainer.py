@@ -393,10 +393,14 @@ def test_half_precision_warns_or_raises(tmp_path, tampered, warnings_of, action)
         assert any("Rollout and trainer disagree" in message for message in warnings_of())
 
 
-def test_half_precision_agrees(tmp_path):
-    trainer = make_trainer(tmp_path, make_model().bfloat16(), on_policy_check="error", max_steps=1)
+@pytest.mark.parametrize("mixed", [False, True], ids=["weights", "autocast"])
+def test_half_precision_agrees(tmp_path, mixed):
+    model = make_model() if mixed else make_model().bfloat16()
+    trainer = make_trainer(tmp_path, model, bf16=mixed, on_policy_check="error", max_steps=1)
+    before = weights(trainer.model)
     trainer.train()
     assert 0 < logged(trainer, "sampling/sampling_logp_difference/mean")[0] < 0.05
+    assert changed(trainer, before)
 
 
 @pytest.mark.parametrize(
