@@ -222,12 +222,19 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
                     f"`{option}` is not supported by `{name}` (yet): what it returns has no step map to learn from. "
                     "Leave it unset."
                 )
-        for option in ("temperature", "max_new_tokens", "max_length", "num_return_sequences"):
-            if option in (args.generation_kwargs or {}):
-                raise ValueError(
-                    f"`generation_kwargs` must not hold `{option}`: rollout and training share `temperature`, "
-                    "`max_completion_length` and `num_generations`. Set those."
-                )
+        shared = {
+            "temperature": "temperature",
+            "block_length": "block_length",
+            "max_new_tokens": "max_completion_length",
+            "max_length": "max_completion_length",
+            "num_return_sequences": "num_generations",
+            "mask_token_id": "model.config.mask_token_id",
+        }
+        for option in shared.keys() & (args.generation_kwargs or {}).keys():
+            raise ValueError(
+                f"`generation_kwargs` must not hold `{option}`, which rollout and training share. Set "
+                f"`{shared[option]}`."
+            )
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(
                 f"`peft_config` of type `{type(peft_config).__name__}` adds virtual tokens, which the block grid does "
@@ -240,7 +247,10 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
 
     def _make_generation_config(self) -> DiffusionGenerationConfig:
         """All of sampling comes from the trainer's config, all else from there or from the checkpoint."""
-        vocab_size, known = self.model.config.vocab_size, len(self._tokenizer)
+        extra = dict(self.args.generation_kwargs or {})
+        # Rows of the embedding beyond the tokenizer are padding and decode to nothing
+        padding = range(len(self._tokenizer), self.model.config.vocab_size)
+        suppressed = {*padding, *(extra.pop("suppress_tokens", None) or [])}
         values = {
             "max_new_tokens": self.max_completion_length,
             "do_sample": True,
@@ -252,15 +262,14 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
             "pad_token_id": self._tokenizer.pad_token_id,
             "bos_token_id": self._tokenizer.bos_token_id,
             "eos_token_id": self.eos_token_ids,
-            # Rows of the embedding beyond the tokenizer are padding and decode to nothing
-            "suppress_tokens": list(range(known, vocab_size)) or None,
+            "suppress_tokens": sorted(suppressed) or None,
             "mask_token_id": self.mask_token_id,
             "block_length": self.block_length,
             "denoising_steps": self.args.denoising_steps or self.block_length,
             "remasking_strategy": self.args.remasking_strategy,
             "confidence_threshold": self.args.confidence_threshold,
         }
-        config = DiffusionGenerationConfig(**(values | (self.args.generation_kwargs or {})))
+        config = DiffusionGenerationConfig(**(values | extra))
         config, _ = self._base_model(self.model)._resolve_generation_config(config)
         return config
 
@@ -622,6 +631,8 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
+        # What an earlier call left in the buffer is not this run's
+        self._step, self._buffered_inputs, self._policy_step = 0, None, None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _last_complete_checkpoint(self) -> str:
@@ -658,6 +669,7 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
         file = self._rollout_state_file(checkpoint)
         if not file.exists():
             logger.warning(

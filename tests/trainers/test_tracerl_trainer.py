@@ -237,6 +237,25 @@ def test_resuming_without_a_buffer_decodes_again(tmp_path, warnings_of):
         make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
+def test_training_twice(tmp_path):
+    """A second call starts with a rollout of its own, also if the first one stopped in the middle of its buffer."""
+    trainer = make_trainer(tmp_path, num_iterations=4, max_steps=2)
+    trainer.train()
+    before = weights(trainer.model)
+    trainer.train()
+    assert changed(trainer, before) == set(before)
+    assert len(logged(trainer, "reward")) == 1 and logged(trainer, "sampling/sampling_logp_difference/max")[0] < 1e-4
+
+
+def test_generation_kwargs(tmp_path):
+    """They reach the decoding config; ids to suppress come on top of the vocabulary's padding."""
+    kwargs = {"denoising_schedule": "dream", "suppress_tokens": [7, 8]}
+    trainer = make_trainer(tmp_path, make_model(vocab_size=60), generation_kwargs=kwargs)
+    assert trainer.generation_config.denoising_schedule == "dream"
+    padding = list(range(len(trainer.processing_class), 60))
+    assert padding and trainer.generation_config.suppress_tokens == [7, 8, *padding]
+
+
 def test_saved_model_loads_and_the_card_says_what_it_is(tmp_path, warnings_of):
     trainer = make_trainer(tmp_path, block_length=2, save_strategy="steps", save_steps=2, max_steps=2)
     trainer.train()
@@ -435,6 +454,7 @@ def llama():
         ({"rollout_func": print}, "`rollout_func` is not supported"),
         ({"environment_factory": dict}, "`environment_factory` is not supported"),
         ({"generation_kwargs": {"temperature": 0.5}}, "`generation_kwargs` must not hold `temperature`"),
+        ({"generation_kwargs": {"max_length": 5}}, "must not hold `max_length`.* Set `max_completion_length`"),
         ({"generation_kwargs": {"num_beams": 2}}, "`num_beams`"),
         ({"generation_kwargs": {"steps": 2}}, "use `denoising_steps"),
         ({"remasking_strategy": "best"}, "`remasking_strategy` must be one of"),
