@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import (
+    AutoTokenizer,
     DataCollator,
     EvalPrediction,
     PreTrainedModel,
@@ -19,12 +20,14 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 from trl import SFTTrainer
+from trl.chat_template_utils import has_generation_markers
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
 from ..modeling.packing import pack_rounds
 from ..types import Round
+from .chat_template import mark_assistant
 from .checks import check_model, find_mask_token
 from .model_card import DiffusionModelCardMixin
 from .objectives.sft import (
@@ -146,6 +149,18 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
             _check_columns("eval_dataset", eval_dataset, args.dataset_text_field)
         self.objective = make_sft_objective(args.objective, noise_per=args.noise_per, eps=args.noise_eps)
 
+        # TRL marks the assistant's turns in templates that it knows by heart only
+        marked = None
+        if args.assistant_only_loss and args.chat_template_path is None:
+            if processing_class is None:
+                path = model if isinstance(model, str) else get_config_model_id(model.config)
+                revision = (args.model_init_kwargs or {}).get("revision")
+                processing_class = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+            published = processing_class.chat_template
+            if not has_generation_markers(published):
+                marked = mark_assistant(published)
+                processing_class.chat_template = marked or published
+
         super().__init__(
             model=model,
             args=args,
@@ -162,6 +177,8 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        if marked is not None:
+            processing_class.chat_template, self.chat_template = published, marked
         use_small_logprob_tiles(self.accelerator.device.type)
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled or parallelism.tp_enabled):
