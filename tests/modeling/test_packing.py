@@ -411,3 +411,21 @@ def test_gradient_checkpointing_changes_nothing():
     model.train()
     model.gradient_checkpointing_enable()
     assert_same_gradients(gradients(model, packed_logps(model, batch, 4).sum()), expected)
+
+
+def test_matrix_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "packing.md").read_text()
+    lines = page.split("```text\n")[1].split("```")[0].splitlines()
+    names = lines[0].split()
+    prompt_ids, prompt_mask = left_pad([[0, 1, 2]])
+    canvas = torch.tensor([[3, 4, 5, 6, 7]])
+    step = torch.tensor([[0, 0, 1, 0, 0]])
+    rounds = [Round(masked=step >= r, scored=step == r) for r in range(2)]
+    packed = pack_rounds(
+        prompt_ids, prompt_mask, canvas, torch.ones_like(canvas), rounds, block_length=2, mask_token_id=MASK
+    )
+    tokens = zip(packed.input_ids[0].tolist(), packed.position_ids[0].tolist(), strict=True)
+    assert names == [f"*{position}" if token == MASK else str(token) for token, position in tokens]
+    drawn = [line.split()[: len(names) + 1] for line in lines[1:]]
+    assert [row[0] for row in drawn] == names
+    assert torch.equal(torch.tensor([[c == "x" for c in row[1:]] for row in drawn]), packed.plan.dense()[0, 0])
