@@ -1,8 +1,15 @@
 """`DiffusionSFTTrainer` on a tiny SDAR model: data, loss, accumulation, evaluation, resume, refusals."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -149,6 +156,30 @@ def test_accumulation_does_not_change_the_step(tmp_path, loss_norm):
     for got, losses in results[1:]:
         assert_same(got, results[0][0])
         assert losses == pytest.approx(results[0][1], rel=1e-4)
+
+
+def launch(output_dir, processes, **options):
+    """Runs `run_sft.py`; returns the weights it ends with and its losses."""
+    here = Path(__file__).parent
+    output_dir.mkdir()
+    file = output_dir / "options.json"
+    file.write_text(json.dumps({"output_dir": str(output_dir), "rows": 20, "learning_rate": 1e-2, **options}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    paths = [str(here.parents[1]), str(here), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command += [str(here / "run_sft.py"), str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    log = json.loads((output_dir / "state.json").read_text())["log_history"]
+    return load_file(output_dir / "model.safetensors"), [entry["loss"] for entry in log if "loss" in entry]
+
+
+def test_two_processes_equal_one_with_accumulation(tmp_path):
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "optim": "sgd", "save_strategy": "no"}
+    expected, losses = launch(tmp_path / "one", 1, gradient_accumulation_steps=4, **options)
+    got, others = launch(tmp_path / "two", 2, gradient_accumulation_steps=2, **options)
+    assert len(losses) == 3 and others == pytest.approx(losses, rel=1e-4)
+    assert_same(got, expected)
 
 
 def test_resumed_run_ends_with_the_same_weights(tmp_path):

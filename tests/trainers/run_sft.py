@@ -1,0 +1,33 @@
+"""One SFT run in a process of its own: `run_sft.py options.json`. Several processes with `torchrun`."""
+
+import json
+import os
+import sys
+
+from datasets import Dataset
+from tiny_rl import make_model, make_tokenizer
+
+from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer
+
+
+def main(options: dict) -> None:
+    rows = options.pop("rows")
+    data = {
+        "prompt": [f"{i}+1=" for i in range(rows)],
+        "completion": [f"{i + 1}" + "!" * (i % 5) for i in range(rows)],
+    }
+    trainer = DiffusionSFTTrainer(
+        model=make_model(),
+        args=DiffusionSFTConfig(report_to="none", use_cpu=True, bf16=False, logging_steps=1, **options),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    trainer.save_model()
+    if trainer.accelerator.is_main_process:
+        trainer.state.save_to_json(os.path.join(trainer.args.output_dir, "state.json"))
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        main(json.load(file))
