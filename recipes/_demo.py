@@ -1,0 +1,173 @@
+"""The recipes' default: block SFT of a tiny model to a mediocre one, TraceRL to a good one, held-out accuracy of both."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")  # draws into files, with or without a display
+
+import matplotlib.pyplot as plt
+from _word_problems import make_model, make_problems, make_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import TrlParser
+
+from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer, TraceRLConfig, TraceRLTrainer
+from dllm_trl.evaluation import evaluate_accuracy
+from dllm_trl.generation import generate_rollouts
+from dllm_trl.generation.trace import save_trace_html
+from dllm_trl.rewards import math_reward
+
+
+CONFIGS = Path(__file__).parent / "configs" / "tiny"
+AVERAGED_STEPS = 10  # in the smooth line of the reward curve
+NUM_TRACES = 8  # problems in the viewer
+
+
+@dataclass
+class DemoArguments:
+    """What the demo takes beside the arguments of [`TraceRLConfig`]."""
+
+    careless: float = field(
+        default=0.65, metadata={"help": "Share of the SFT solutions with a carry in which it is forgotten."}
+    )
+    sft_steps: int | None = field(default=None, metadata={"help": "Steps of SFT. By default those of sft.yaml."})
+    sft_problems: int = field(default=8000, metadata={"help": "Problems with solutions for SFT."})
+    rl_problems: int = field(default=4000, metadata={"help": "Problems for TraceRL."})
+    eval_problems: int = field(default=600, metadata={"help": "Held-out problems, at most 600."})
+    eval_split: str = field(
+        default="heldout", metadata={"help": "'heldout', or 'validation' to try out other settings."}
+    )
+
+
+class RewardProgress(ProgressCallback):
+    """A progress bar with the mean reward instead of a line per step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "reward" in (logs or {}):
+            self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}")
+
+
+def train_sft(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demo_args: DemoArguments, seed: int, output_dir: Path
+) -> None:
+    overrides = [] if demo_args.sft_steps is None else ["--max_steps", str(demo_args.sft_steps)]
+    (args,) = TrlParser(DiffusionSFTConfig).parse_args_and_config(
+        ["--config", str(CONFIGS / "sft.yaml"), "--output_dir", str(output_dir), "--seed", str(seed), *overrides]
+    )
+    problems = make_problems("train", demo_args.sft_problems, seed, demo_args.careless).remove_columns("answer")
+    trainer = DiffusionSFTTrainer(model=model, args=args, train_dataset=problems, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def train_rl(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demo_args: DemoArguments, args: TraceRLConfig
+) -> list[float]:
+    """Returns the mean reward of each step."""
+    problems = make_problems("train", demo_args.rl_problems, args.seed + 1).remove_columns("completion")
+    trainer = TraceRLTrainer(
+        model=model, reward_funcs=math_reward, args=args, train_dataset=problems, processing_class=tokenizer
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(RewardProgress)
+    trainer.train()
+    return [log["reward"] for log in trainer.state.log_history if "reward" in log]
+
+
+def plot_rewards(path: Path, rewards: list[float], responses: int, before: float, after: float) -> None:
+    """Reward over training, with the accuracy on held-out problems at both ends."""
+    averages = [
+        sum(rewards[max(i - AVERAGED_STEPS + 1, 0) : i + 1]) / min(i + 1, AVERAGED_STEPS) for i in range(len(rewards))
+    ]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = range(1, len(rewards) + 1)
+    axes.plot(
+        steps, rewards, color="tab:blue", alpha=0.3, linewidth=1, label=f"sampled responses, {responses} per step"
+    )
+    axes.plot(steps, averages, color="tab:blue", linewidth=2, label=f"their mean over {AVERAGED_STEPS} steps")
+    axes.plot([0, len(rewards)], [before, after], "o", color="tab:orange", label="held-out problems, greedy decoding")
+    axes.set(
+        title="TraceRL on word problems, from a careless SFT model",
+        xlabel="Optimizer step",
+        ylabel="Reward (share of right answers)",
+        ylim=(0, 1.02),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def run(demo_args: DemoArguments, args: TraceRLConfig) -> dict:
+    start = time.perf_counter()
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, args.seed)
+    heldout = make_problems(demo_args.eval_split, demo_args.eval_problems).remove_columns("completion")
+
+    print(f"\n1/4  Block SFT of a random SDAR model with {model.num_parameters():,} parameters")
+    began = time.perf_counter()
+    train_sft(model, tokenizer, demo_args, args.seed, output_dir)
+    seconds_sft = time.perf_counter() - began
+
+    print("\n2/4  Accuracy after SFT, on problems it has never seen")
+    sft = evaluate_accuracy(model, tokenizer, heldout)
+
+    print("\n3/4  TraceRL")
+    began = time.perf_counter()
+    rewards = train_rl(model, tokenizer, demo_args, args)
+    seconds_rl = time.perf_counter() - began
+
+    print("\n4/4  Accuracy after TraceRL, on the same problems")
+    rl = evaluate_accuracy(model, tokenizer, heldout)
+
+    model.save_pretrained(output_dir / "model")
+    tokenizer.save_pretrained(output_dir / "model")
+    responses = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    plot_rewards(output_dir / "reward.png", rewards, responses, sft.accuracy, rl.accuracy)
+    shown = heldout.select(range(min(NUM_TRACES, len(heldout))))
+    prompts = tokenizer.apply_chat_template(shown["prompt"], add_generation_prompt=True)["input_ids"]
+    save_trace_html(
+        output_dir / "trace.html",
+        generate_rollouts(model, prompts, model.generation_config, seed=0),
+        tokenizer,
+        prompts=[messages[0]["content"] for messages in shown["prompt"]],
+        answers=shown["answer"],
+        rewards=[record["reward"] for record in rl.records[: len(shown)]],
+        title="Word problems after TraceRL",
+    )
+    summary = {
+        "accuracy_sft": sft.accuracy,
+        "accuracy_rl": rl.accuracy,
+        "tokens_per_forward": rl.tokens_per_forward,
+        "tokens_per_forward_sft": sft.tokens_per_forward,
+        "seconds_sft": round(seconds_sft, 1),
+        "seconds_rl": round(seconds_rl, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+        "eval_problems": rl.num_problems,
+        "eval_split": demo_args.eval_split,
+        "seed": args.seed,
+        "rl_steps": len(rewards),
+        "responses_per_step": responses,
+        "parameters": model.num_parameters(),
+    }
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    print(
+        f"\nRight answers on {rl.num_problems} held-out problems (greedy decoding):\n"
+        f"  after SFT      {sft.accuracy:6.1%}   {sft.tokens_per_forward:.2f} tokens per forward   {seconds_sft:4.0f} s\n"
+        f"  after TraceRL  {rl.accuracy:6.1%}   {rl.tokens_per_forward:.2f} tokens per forward   {seconds_rl:4.0f} s\n"
+        f"In {output_dir}: model/, summary.json, reward.png, and trace.html to watch the model answer.\n"
+    )
+    return summary
+
+
+def main(args: list[str]) -> dict:
+    parser = TrlParser((DemoArguments, TraceRLConfig))
+    return run(*parser.parse_args_and_config(["--config", str(CONFIGS / "tracerl.yaml"), *args]))

@@ -1,0 +1,111 @@
+"""Math problems from the Hub or from a file, in the columns that the trainers expect."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass
+class MathArguments:
+    """What the math recipes take beside the trainer's and the model's arguments."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of a dataset on the Hub, or path of a JSON or JSONL file. Columns: `problem` or `question` "
+            "with `answer` or `solution`, or `prompt` as TRL defines it."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, if `eval_strategy` is not 'no'."}
+    )
+    instruction: str = field(
+        default=INSTRUCTION, metadata={"help": "Appended to each `problem` or `question`; a `prompt` stays as it is."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Problems with longer prompts, in tokens, are left out (never cut)."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["math"],
+        metadata={"help": "TraceRL only: 'math' (is the answer right?) and 'format' (is there one box?)."},
+    )
+
+
+def load_table(name: str, config: str | None, split: str) -> Dataset:
+    """A JSON or JSONL file, or a split of a dataset on the Hub."""
+    if not name.endswith((".json", ".jsonl")):
+        return load_dataset(name, config, split=split)
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"`dataset_name={name}` is no file. Give the path of a JSON or JSONL file.")
+    return load_dataset("json", data_files=name, split="train")
+
+
+def _first(candidates: tuple[str, ...], columns: list[str], purpose: str) -> str:
+    for name in candidates:
+        if name in columns:
+            return name
+    raise ValueError(
+        f"The dataset has the columns {columns}, but none of {list(candidates)}, which {purpose}. Rename yours."
+    )
+
+
+def to_prompts(dataset: Dataset, instruction: str = INSTRUCTION) -> Dataset:
+    """
+    For reinforcement learning: `prompt` and the gold `answer` or `solution`. A `problem` or `question` becomes a user
+    message that ends with the instruction; everything else stays as it is.
+    """
+    columns = dataset.column_names
+    _first(("answer", "solution"), columns, "hold the right answers")
+    name = _first(("prompt", "problem", "question"), columns, "hold the problems")
+    if name == "prompt":
+        return dataset
+    return dataset.map(
+        lambda row: {"prompt": [{"role": "user", "content": row[name] + instruction}]}, remove_columns=name
+    )
+
+
+def to_examples(dataset: Dataset, instruction: str = INSTRUCTION) -> Dataset:
+    """
+    For fine-tuning: `prompt` and `completion`. Datasets in one of TRL's formats stay as they are; else a worked
+    `solution` (or an `answer`, where that is all there is) becomes the assistant's message.
+    """
+    columns = dataset.column_names
+    if "messages" in columns:
+        return dataset.select_columns("messages")
+    if {"prompt", "completion"} <= set(columns):
+        return dataset.select_columns(["prompt", "completion"])
+    name = _first(("problem", "question"), columns, "hold the problems (or `messages`, or `prompt` and `completion`)")
+    target = _first(("solution", "answer"), columns, "hold what to learn")
+    return dataset.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row[name] + instruction}],
+            "completion": [{"role": "assistant", "content": str(row[target])}],
+        },
+        remove_columns=columns,
+    )
+
+
+def drop_long_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Dataset:
+    """Leaves out the problems whose prompts have more than `max_length` tokens."""
+    if max_length is None:
+        return dataset
+
+    def fits(row) -> bool:
+        if isinstance(row["prompt"], str):
+            return len(tokenizer(row["prompt"])["input_ids"]) <= max_length
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+        return len(ids) <= max_length
+
+    kept = dataset.filter(fits, desc="Measuring prompts")
+    if len(kept) == 0:
+        raise ValueError(f"All prompts are longer than `max_prompt_length={max_length}`. Raise it.")
+    if len(kept) < len(dataset):
+        print(f"{len(dataset) - len(kept)} of {len(dataset)} problems left out: prompts over {max_length} tokens.")
+    return kept

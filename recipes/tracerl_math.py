@@ -1,0 +1,67 @@
+"""
+TraceRL on math problems with answers.
+
+A published model, with the paper's settings:
+
+    accelerate launch recipes/tracerl_math.py --config recipes/configs/trado-4b/math.yaml
+
+On other problems, from the Hub or a file (`--help` lists all arguments):
+
+    accelerate launch recipes/tracerl_math.py --config recipes/configs/trado-4b/math.yaml --dataset_name problems.jsonl
+
+With no model and no dataset, a tiny model is made, fine-tuned and trained on word problems (`make demo`):
+
+    python recipes/tracerl_math.py
+"""
+
+import sys
+
+from _math_data import MathArguments, drop_long_prompts, load_table, names_nothing, to_prompts
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from dllm_trl import TraceRLConfig, TraceRLTrainer
+from dllm_trl.rewards import format_reward, math_reward
+
+
+REWARDS = {"math": math_reward, "format": format_reward}
+
+
+def main(math_args: MathArguments, training_args: TraceRLConfig, model_args: ModelConfig) -> None:
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+
+    def load(split: str):
+        dataset = to_prompts(
+            load_table(math_args.dataset_name, math_args.dataset_config, split), math_args.instruction
+        )
+        return drop_long_prompts(dataset, tokenizer, math_args.max_prompt_length)
+
+    trainer = TraceRLTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=[REWARDS[name] for name in math_args.reward_funcs],
+        args=training_args,
+        train_dataset=load(math_args.dataset_train_split),
+        eval_dataset=load(math_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=math_args.dataset_name)
+
+
+if __name__ == "__main__":
+    if names_nothing(sys.argv[1:]):
+        import _demo
+
+        _demo.main(sys.argv[1:])
+    else:
+        main(*TrlParser((MathArguments, TraceRLConfig, ModelConfig)).parse_args_and_config())
