@@ -290,6 +290,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.response % args.block:
+        parser.error(f"--response must be a multiple of --block, but {args.response} is none of {args.block}")
     torch.set_num_threads(1)
     use_small_logprob_tiles("cpu")
     table = sides()
