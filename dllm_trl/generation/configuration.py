@@ -162,6 +162,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         config._original_object_hash = hash(config)
         return config
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_diff_dict().items() if value is not None}
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         if callable(self.remasking_strategy):

@@ -198,7 +198,8 @@ class Decoder:
         slots["forwards"] += 1
         slots["commits"] += commit.any(-1)
         if self.streamer is not None and hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(torch.tensor(slots["canvas"][:, : slots["end"][0] - start[0]]))
+            draft = slice(max(len(self.rows[0].prompt) - start[0], 0), slots["end"][0] - start[0])
+            self.streamer.put_draft(torch.tensor(slots["canvas"][:, draft]))
         # From the last slot to the first, so that closing one leaves the smaller slots where they are
         for slot in (~masked.any(-1)).nonzero()[0][::-1].tolist():
             self._advance(slot)
