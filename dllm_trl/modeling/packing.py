@@ -1,5 +1,6 @@
 """Packs all rounds of a micro-batch into one flat sequence: clean tokens once, a noisy copy per scored block."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -133,7 +134,8 @@ class PackedRounds:
 class _Sequence:
     """The flat sequence under construction: token columns and segments."""
 
-    def __init__(self):
+    def __init__(self, block_length: int):
+        self.block_length = block_length
         self.columns: list[np.ndarray] = []  # each (7, m): id, position, group, row, clean, block, copy
         self.sizes: list[int] = []
         self.keys: list[list[int]] = []
@@ -141,46 +143,49 @@ class _Sequence:
         self.length = 0
         self.num_copies = 0
 
-    def add(
-        self, ids, positions, group: int, row: int, units: np.ndarray, clean: bool, context: list[int], block_length
-    ):
+    def add_clean(self, ids: np.ndarray, start: int, group: int, row: int, context: list[int]) -> list[int]:
         """
-        Appends tokens, cut into segments of whole `units` (lengths of blocks or copies); returns the segments.
-
-        A clean segment sees `context` and the segments of its own kind up to itself, a noisy one the segments of
-        `context` that begin before its last block, and itself.
+        Appends clean tokens from position `start` on, which begins a block, and returns their segments. Each sees the
+        segments of `context`, those before it and itself.
         """
-        if not len(ids):
-            return []
-        target = CLEAN_SEGMENT if clean else NOISY_SEGMENT
-        blocks = positions // block_length
-        copies = np.full(len(ids), -1) if clean else np.repeat(np.arange(len(units)), units) + self.num_copies
-        whole = np.full((3, len(ids)), [[group], [row], [clean]])
-        self.columns.append(np.stack([ids, positions, *whole, blocks, copies]))
-        self.num_copies += 0 if clean else len(units)
-        self.length += len(ids)
-
-        # Balanced: every segment takes the units that begin in its share of the tokens.
-        count = max(1, round(len(ids) / target))
-        starts = np.cumsum(units) - units
-        sizes = np.bincount(starts * count // len(ids), weights=units, minlength=count).astype(int)
-        ends = np.cumsum(sizes)
+        positions = start + np.arange(len(ids))
+        units = np.diff(np.append(np.arange(0, len(ids), self.block_length), len(ids)))
+        copies = np.full(len(ids), -1)
         added = []
-        for size, end in zip(sizes.tolist(), ends.tolist(), strict=True):
-            if not size:
-                continue
-            me, last = len(self.sizes), int(blocks[end - 1])
-            seen = context + added if clean else [i for i in context if self.blocks[i][0] < last]
-            self.sizes.append(size)
-            self.blocks.append((int(blocks[end - size]), last))
-            self.keys.append([*seen, me])
+        for me, _ in self._append(ids, positions, group, row, copies, units, CLEAN_SEGMENT):
             added.append(me)
+            self.keys.append(context + added)
         return added
 
+    def add_copies(
+        self, ids: np.ndarray, positions: np.ndarray, group: int, row: int, units: np.ndarray, context: list[int]
+    ) -> None:
+        """
+        Appends noisy copies of blocks, `units` are their lengths. A segment sees those segments of `context` that
+        begin before its last block, and itself.
+        """
+        copies = np.repeat(np.arange(len(units)), units) + self.num_copies
+        self.num_copies += len(units)
+        for me, last in self._append(ids, positions, group, row, copies, units, NOISY_SEGMENT):
+            self.keys.append([*(i for i in context if self.blocks[i][0] < last), me])
 
-def _units(start: int, end: int, block_length: int) -> np.ndarray:
-    """Lengths of the blocks of positions `start..end`, where `start` begins a block."""
-    return np.diff(np.append(np.arange(start, end, block_length), end)) if end > start else np.zeros(0, int)
+    def _append(self, ids, positions, group, row, copies, units, target) -> Iterator[tuple[int, int]]:
+        """Appends tokens in segments of whole `units` and yields each segment's index and last block."""
+        if not len(ids):
+            return
+        blocks = positions // self.block_length
+        whole = np.full((2, len(ids)), [[group], [row]])
+        self.columns.append(np.stack([ids, positions, *whole, copies == -1, blocks, copies]))
+        self.length += len(ids)
+        # Balanced: every segment takes the units that begin in its share of the tokens.
+        count = max(1, round(len(ids) / target))
+        share = (np.cumsum(units) - units) * count // len(ids)
+        sizes = np.bincount(share, weights=units, minlength=count).astype(int)
+        for size, end in zip(sizes.tolist(), np.cumsum(sizes).tolist(), strict=True):
+            if size:
+                self.sizes.append(size)
+                self.blocks.append((int(blocks[end - size]), int(blocks[end - 1])))
+                yield len(self.sizes) - 1, self.blocks[-1][1]
 
 
 def pack_rounds(
@@ -238,31 +243,26 @@ def pack_rounds(
         raise ValueError("`rounds` score positions that do not exist in `canvas_mask`.")
 
     kept = scored.any(axis=(0, 2))
-    nothing = not kept.any()
-    if nothing:
-        kept = np.arange(num_rows) == 0  # something to run the model on, so that every process runs as many forwards
     groups: dict[bytes | int, list[int]] = {}
     for row in np.flatnonzero(kept).tolist():
         groups.setdefault(prompts[row][real[row]].tobytes() if share_prompts else row, []).append(row)
 
-    sequence = _Sequence()
-    score_index, found = [], []
+    sequence = _Sequence(block_length)
+    score_index, found = [np.zeros(0, int)], [np.zeros((3, 0), int)]
+    if not groups:
+        # Some token to run the model on, so that every process runs as many forwards.
+        token = np.concatenate([prompts[real], canvases[exists]])[:1]
+        if not len(token):
+            raise ValueError("The batch has no tokens: there is nothing to run the model on.")
+        sequence.add_clean(token, 0, 0, 0, [])
     for group, rows in enumerate(groups.values()):
         prompt = prompts[rows[0]][real[rows[0]]]
         shared = len(prompt) // block_length * block_length
-        if nothing:
-            prompt, shared = prompt[:1], 0
         prompt_start = sequence.length
-        prompt_units = _units(0, shared, block_length)
-        head = sequence.add(prompt[:shared], np.arange(shared), group, -1, prompt_units, True, [], block_length)
+        head = sequence.add_clean(prompt[:shared], 0, group, -1, [])
         for row in rows:
             columns = np.flatnonzero(exists[row])
             tokens = np.concatenate([prompt, canvases[row, columns]])
-            if nothing:
-                if not len(tokens):
-                    raise ValueError("Row 0 of the batch is empty: there is nothing to run the model on.")
-                sequence.add(tokens[:1], np.arange(1), group, row, np.ones(1, int), True, [], block_length)
-                continue
 
             # The copies, sorted by block: those (block, round) that score something.
             block_of = (len(prompt) + np.arange(len(columns))) // block_length
@@ -276,20 +276,15 @@ def pack_rounds(
             positions = np.arange(units.sum()) + np.repeat(start - (np.cumsum(units) - units), units)
 
             # The clean tokens they see.
-            clean_end = int(copy_block[-1]) * block_length
-            clean_units = _units(shared, clean_end, block_length)
             clean_start = sequence.length
-            clean_positions = np.arange(shared, clean_end)
-            clean = sequence.add(
-                tokens[shared:clean_end], clean_positions, group, row, clean_units, True, head, block_length
-            )
+            clean = sequence.add_clean(tokens[shared : copy_block[-1] * block_length], shared, group, row, head)
 
             noisy = tokens[positions]
             answer = positions >= len(prompt)
             column = columns[np.where(answer, positions - len(prompt), 0)]
             noisy[answer & masked[token_round, row, column]] = mask_token_id
             noisy_start = sequence.length
-            sequence.add(noisy, positions, group, row, units, False, head + clean, block_length)
+            sequence.add_copies(noisy, positions, group, row, units, head + clean)
 
             hits = np.flatnonzero(answer & scored[token_round, row, column])
             read = hits + noisy_start
@@ -306,17 +301,15 @@ def pack_rounds(
             found.append(np.stack([token_round[hits], np.full(len(hits), row), column[hits]]))
 
     device = canvas_ids.device
-    found = np.concatenate(found, axis=1) if found else np.zeros((3, 0), int)
-    score_index = np.concatenate(score_index) if score_index else np.zeros(0, int)
     table = torch.from_numpy(np.concatenate(sequence.columns, axis=1))
     ids, positions, group, row, clean, block, copy = table
     plan = AttentionPlan(sequence.sizes, sequence.keys, group, row, clean.bool(), block, copy, device)
-    index = tuple(torch.from_numpy(found).to(device))
+    index = tuple(torch.from_numpy(np.concatenate(found, axis=1)).to(device))
     return PackedRounds(
         input_ids=ids[None].to(device),
         position_ids=positions[None].to(device),
         plan=plan,
-        score_index=torch.from_numpy(score_index).to(device),
+        score_index=torch.from_numpy(np.concatenate(score_index)).to(device),
         labels=canvas_ids[index[1], index[2]],
         index=index,
         shape=(len(rounds), num_rows, num_columns),

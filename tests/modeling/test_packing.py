@@ -214,7 +214,7 @@ def test_nothing_scored_still_gives_a_forward():
         packed = pack_rounds(
             prompt_ids, prompt_mask, canvas_ids, canvas_mask, given, block_length=4, mask_token_id=MASK
         )
-        assert packed.input_ids.tolist() == [[11]] and len(packed.labels) == 0
+        assert packed.input_ids.shape == (1, 1) and len(packed.labels) == 0
         assert packed.plan.dense().all() and packed.plan.masks == [None]
         assert packed.scatter(torch.zeros(0)).shape == (len(given), *canvas_ids.shape)
 
