@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from trl.trainer.utils import is_async_callable
 
 from ..modeling import FAMILIES
-from ..modeling.base import check_diffusion_model
+from ..modeling.base import DiffusionConfigMixin, check_diffusion_model
 
 
 logger = get_logger(__name__)
@@ -19,18 +19,18 @@ logger = get_logger(__name__)
 _TEMPLATE_BYTES = 2048
 
 
-def check_model(model, model_init_kwargs: dict | None) -> None:
+def check_model(model, model_init_kwargs: dict | None, trust_remote_code: bool = False) -> None:
     """Raises unless `model`, a model or where to load one from, is one of our diffusion language models."""
     if not isinstance(model, str):
         try:
             return check_diffusion_model(model)
         except ValueError as error:
             raise ValueError(f"`model`: {error}") from None
-    options = {
-        k: v for k, v in (model_init_kwargs or {}).items() if k in ("revision", "cache_dir", "token", "subfolder")
-    }
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False, **options)
-    if config.model_type not in FAMILIES:
+    names = ("revision", "cache_dir", "token", "subfolder", "trust_remote_code")
+    options = {"trust_remote_code": trust_remote_code}
+    options |= {k: v for k, v in (model_init_kwargs or {}).items() if k in names}
+    config = AutoConfig.from_pretrained(model, **options)
+    if not isinstance(config, DiffusionConfigMixin):
         raise ValueError(
             f"`model={model!r}` has model type `{config.model_type}`, which is no diffusion language model. Pass a "
             f"checkpoint of one of: {', '.join(f'`{name}`' for name in FAMILIES)}."

@@ -117,7 +117,7 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
         if not isinstance(args, self.config_class):
             raise TypeError(f"`args` must be a `{self.config_class.__name__}`, but is a `{type(args).__name__}`.")
         self._refuse(args, reward_funcs, peft_config, tools, rollout_func, environment_factory)
-        check_model(model, args.model_init_kwargs)
+        check_model(model, args.model_init_kwargs, args.trust_remote_code)
         check_columns("train_dataset", train_dataset)
         check_columns("eval_dataset", eval_dataset)
         self.objective = self._default_objective(args) if objective is None else make_objective(objective)

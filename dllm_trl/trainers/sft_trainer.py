@@ -143,7 +143,7 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
             values["hub_token"] = args.hub_token  # to_dict hides it
             args = DiffusionSFTConfig(**values)
         self._refuse(model, compute_loss_func, peft_config)
-        check_model(model, args.model_init_kwargs)
+        check_model(model, args.model_init_kwargs, args.trust_remote_code)
         if not formatting_func and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             _check_columns("train_dataset", train_dataset, args.dataset_text_field)
             _check_columns("eval_dataset", eval_dataset, args.dataset_text_field)

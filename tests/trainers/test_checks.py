@@ -1,0 +1,48 @@
+"""What the trainers refuse before anything is loaded, function by function."""
+
+import json
+import sys
+
+import pytest
+
+from dllm_trl.trainers.checks import check_model
+
+from .tiny_rl import make_model
+
+
+REMOTE_CODE = """
+from transformers import Qwen3Config
+from dllm_trl.modeling.sdar import SDARConfig, SDARForCausalLM
+
+class {name}Config({base}):
+    model_type = "my_{name}"
+
+class {name}ForCausalLM(SDARForCausalLM):
+    config_class = {name}Config
+"""
+
+
+def write_remote(folder, name: str, base: str) -> str:
+    make_model().save_pretrained(folder)
+    (folder / "mine.py").write_text(REMOTE_CODE.format(name=name, base=base))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = f"my_{name}"
+    config["auto_map"] = {"AutoConfig": f"mine.{name}Config", "AutoModelForCausalLM": f"mine.{name}ForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_family_of_ones_own_beside_its_checkpoint_needs_trust(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = write_remote(tmp_path / "mine", "Mine", "SDARConfig")
+    with pytest.raises(ValueError, match="custom code"):
+        check_model(path, None)
+    check_model(path, None, True)
+    check_model(path, {"trust_remote_code": True})
+    with pytest.raises(ValueError, match="custom code"):
+        check_model(path, {"trust_remote_code": False}, True)
+
+    path = write_remote(tmp_path / "other", "Other", "Qwen3Config")
+    with pytest.raises(ValueError, match="model type `my_Other`, which is no diffusion language model"):
+        check_model(path, None, True)
