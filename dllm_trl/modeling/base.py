@@ -179,6 +179,7 @@ class DiffusionBackboneMixin(_ImplementationMixin):
         if plan is not None and self.config._attn_implementation == SDPA_PLAN:
             # The decoder hands any 4D mask on as it is; the attention function goes by the plan.
             kwargs["plan"], mask = plan, inputs_embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)
+            kwargs["recompute"] = not (self.gradient_checkpointing and self.training)  # which recomputes whole layers
         else:
             is_causal = kwargs.get("is_causal", True)
             mask = self._mask(
