@@ -1,4 +1,4 @@
-"""The recipes' default: block SFT of a tiny model to a mediocre one, TraceRL to a good one, held-out accuracy of both."""
+"""The recipes' default: block SFT of a tiny model to a mediocre one, TraceRL to a good one, and how good each is."""
 
 import json
 import time
@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # draws into files, with or without a display
 import matplotlib.pyplot as plt
 from _word_problems import make_model, make_problems, make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import ProgressCallback
 from trl import TrlParser
 
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer, TraceRLConfig, TraceRLTrainer
@@ -33,15 +33,13 @@ class DemoArguments:
     """What the demo takes beside the arguments of [`TraceRLConfig`]."""
 
     careless: float = field(
-        default=0.65, metadata={"help": "Share of the SFT solutions with a carry in which it is forgotten."}
+        default=0.6, metadata={"help": "Share of the subtraction problems that the SFT solutions solve by adding."}
     )
     sft_steps: int | None = field(default=None, metadata={"help": "Steps of SFT. By default those of sft.yaml."})
     sft_problems: int = field(default=8000, metadata={"help": "Problems with solutions for SFT."})
     rl_problems: int = field(default=4000, metadata={"help": "Problems for TraceRL."})
     eval_problems: int = field(default=600, metadata={"help": "Held-out problems, at most 600."})
-    eval_split: str = field(
-        default="heldout", metadata={"help": "'heldout', or 'validation' to try out other settings."}
-    )
+    eval_split: str = field(default="heldout", metadata={"help": "'heldout', or 'validation' to try out settings."})
 
 
 class RewardProgress(ProgressCallback):
@@ -53,15 +51,10 @@ class RewardProgress(ProgressCallback):
 
 
 def train_sft(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demo_args: DemoArguments, seed: int, output_dir: Path
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demo_args: DemoArguments, args: DiffusionSFTConfig
 ) -> None:
-    overrides = [] if demo_args.sft_steps is None else ["--max_steps", str(demo_args.sft_steps)]
-    (args,) = TrlParser(DiffusionSFTConfig).parse_args_and_config(
-        ["--config", str(CONFIGS / "sft.yaml"), "--output_dir", str(output_dir), "--seed", str(seed), *overrides]
-    )
-    problems = make_problems("train", demo_args.sft_problems, seed, demo_args.careless).remove_columns("answer")
+    problems = make_problems("train", demo_args.sft_problems, args.seed, demo_args.careless).remove_columns("answer")
     trainer = DiffusionSFTTrainer(model=model, args=args, train_dataset=problems, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 
@@ -103,7 +96,7 @@ def plot_rewards(path: Path, rewards: list[float], responses: int, before: float
     plt.close(figure)
 
 
-def run(demo_args: DemoArguments, args: TraceRLConfig) -> dict:
+def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLConfig) -> dict:
     start = time.perf_counter()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -113,7 +106,7 @@ def run(demo_args: DemoArguments, args: TraceRLConfig) -> dict:
 
     print(f"\n1/4  Block SFT of a random SDAR model with {model.num_parameters():,} parameters")
     began = time.perf_counter()
-    train_sft(model, tokenizer, demo_args, args.seed, output_dir)
+    train_sft(model, tokenizer, demo_args, sft_args)
     seconds_sft = time.perf_counter() - began
 
     print("\n2/4  Accuracy after SFT, on problems it has never seen")
@@ -160,14 +153,39 @@ def run(demo_args: DemoArguments, args: TraceRLConfig) -> dict:
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
     print(
-        f"\nRight answers on {rl.num_problems} held-out problems (greedy decoding):\n"
-        f"  after SFT      {sft.accuracy:6.1%}   {sft.tokens_per_forward:.2f} tokens per forward   {seconds_sft:4.0f} s\n"
-        f"  after TraceRL  {rl.accuracy:6.1%}   {rl.tokens_per_forward:.2f} tokens per forward   {seconds_rl:4.0f} s\n"
+        f"\nRight answers on {rl.num_problems} held-out problems (greedy decoding)\n"
+        f"  after SFT      {sft.accuracy:6.1%}, {sft.tokens_per_forward:.2f} tokens per forward ({seconds_sft:.0f} s)\n"
+        f"  after TraceRL  {rl.accuracy:6.1%}, {rl.tokens_per_forward:.2f} tokens per forward ({seconds_rl:.0f} s)\n"
         f"In {output_dir}: model/, summary.json, reward.png, and trace.html to watch the model answer.\n"
     )
     return summary
 
 
+def parse_sft(args: list[str]) -> tuple[DemoArguments, DiffusionSFTConfig]:
+    return TrlParser((DemoArguments, DiffusionSFTConfig)).parse_args_and_config(
+        ["--config", str(CONFIGS / "sft.yaml"), *args]
+    )
+
+
+def sft_main(args: list[str]) -> None:
+    """The first half alone."""
+    demo_args, sft_args = parse_sft(args)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, sft_args.seed)
+    train_sft(model, tokenizer, demo_args, sft_args)
+    heldout = make_problems(demo_args.eval_split, demo_args.eval_problems).remove_columns("completion")
+    report = evaluate_accuracy(model, tokenizer, heldout)
+    model.save_pretrained(sft_args.output_dir)
+    tokenizer.save_pretrained(sft_args.output_dir)
+    print(f"Right answers on {report.num_problems} held-out problems: {report.accuracy:.1%}")
+    print(f"Model and tokenizer are in {sft_args.output_dir}.")
+
+
 def main(args: list[str]) -> dict:
-    parser = TrlParser((DemoArguments, TraceRLConfig))
-    return run(*parser.parse_args_and_config(["--config", str(CONFIGS / "tracerl.yaml"), *args]))
+    """Both halves. The arguments are those of TraceRL; SFT has the same seed."""
+    demo_args, rl_args = TrlParser((DemoArguments, TraceRLConfig)).parse_args_and_config(
+        ["--config", str(CONFIGS / "tracerl.yaml"), *args]
+    )
+    steps = [] if demo_args.sft_steps is None else ["--max_steps", str(demo_args.sft_steps)]
+    _, sft_args = parse_sft(["--seed", str(rl_args.seed), "--output_dir", rl_args.output_dir, *steps])
+    return run(demo_args, sft_args, rl_args)

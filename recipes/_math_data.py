@@ -38,6 +38,21 @@ class MathArguments:
     )
 
 
+def names_nothing(args: list[str]) -> bool:
+    """Whether a command line asks for the embedded default: neither a config nor a dataset nor a model."""
+    named = {"--config", "--dataset_name", "--model_name_or_path", "-h", "--help"}
+    return not any(arg.split("=")[0] in named for arg in args)
+
+
+def check_names(math_args: "MathArguments", model_name: str | None) -> None:
+    """Raises unless both a dataset and a model are named."""
+    for name, value in (("dataset_name", math_args.dataset_name), ("model_name_or_path", model_name)):
+        if value is None:
+            raise ValueError(
+                f"`{name}` is not set. Give it, or neither a model nor a dataset for the embedded default."
+            )
+
+
 def load_table(name: str, config: str | None, split: str) -> Dataset:
     """A JSON or JSONL file, or a split of a dataset on the Hub."""
     if not name.endswith((".json", ".jsonl")):

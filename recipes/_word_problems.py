@@ -27,7 +27,7 @@ STORIES = {
         "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?",
     ],
 }
-SMALLEST, LARGEST = 2, 20  # numbers in the stories
+SMALLEST, LARGEST = 2, 15  # numbers in the stories
 SPLITS = {"heldout": 600, "validation": 600}  # problems set aside; all others are for training
 
 PAD, END, MASK, UNKNOWN, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|MASK|>", "<|unk|>", "<|user|>", "<|assistant|>"
@@ -68,7 +68,7 @@ def split_off() -> dict[str, list[tuple[str, int, str, int]]]:
 
 def make_problems(split: str, size: int | None = None, seed: int = 0, careless: float = 0.0) -> Dataset:
     """
-    Word problems: `prompt` (one user message), `completion` (a solution) and `answer` (a number, always the right one).
+    Word problems: `prompt` (one user message), `completion` (a solution), `answer` (a number, always right).
 
     Args:
         split (`str`):

@@ -16,7 +16,7 @@ With no model and no dataset, a tiny model is made, fine-tuned and trained on wo
 
 import sys
 
-from _math_data import MathArguments, drop_long_prompts, load_table, names_nothing, to_prompts
+from _math_data import MathArguments, check_names, drop_long_prompts, load_table, names_nothing, to_prompts
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -28,6 +28,7 @@ REWARDS = {"math": math_reward, "format": format_reward}
 
 
 def main(math_args: MathArguments, training_args: TraceRLConfig, model_args: ModelConfig) -> None:
+    check_names(math_args, model_args.model_name_or_path)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -1,0 +1,60 @@
+"""
+Block diffusion SFT on math problems with solutions.
+
+    accelerate launch recipes/sft_math.py --config recipes/configs/sdar-4b/math_sft.yaml
+
+On other problems, from the Hub or a file (`--help` lists all arguments):
+
+    accelerate launch recipes/sft_math.py --config recipes/configs/sdar-4b/math_sft.yaml --dataset_name solved.jsonl
+
+With no model and no dataset, a tiny model is made and fine-tuned on word problems, and saved in runs/sft/:
+
+    python recipes/sft_math.py
+"""
+
+import sys
+
+from _math_data import MathArguments, check_names, drop_long_prompts, load_table, names_nothing, to_examples
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer
+
+
+def main(math_args: MathArguments, training_args: DiffusionSFTConfig, model_args: ModelConfig) -> None:
+    check_names(math_args, model_args.model_name_or_path)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+
+    def load(split: str):
+        dataset = load_table(math_args.dataset_name, math_args.dataset_config, split)
+        dataset = to_examples(dataset, math_args.instruction)
+        return drop_long_prompts(dataset, tokenizer, math_args.max_prompt_length)
+
+    trainer = DiffusionSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=load(math_args.dataset_train_split),
+        eval_dataset=load(math_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=math_args.dataset_name)
+
+
+if __name__ == "__main__":
+    if names_nothing(sys.argv[1:]):
+        import _demo
+
+        _demo.sft_main(sys.argv[1:])
+    else:
+        main(*TrlParser((MathArguments, DiffusionSFTConfig, ModelConfig)).parse_args_and_config())
