@@ -1,6 +1,7 @@
 """What every family shares: the config, the backbone that knows the family's attention, the model with its head."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from dllm_trl._compat import register_lora_targets
 from dllm_trl.generation import DiffusionGenerationMixin
 from dllm_trl.modeling import FAMILIES
 from dllm_trl.modeling.masks import SDPA_PLAN, adapt_mask, block_causal_mask, pad_free_positions
+from dllm_trl.modeling.recompute import LARGE, keep_products
 
 
 # Model type -> names its published config.json may have in `architectures`.
@@ -179,21 +181,24 @@ class DiffusionBackboneMixin(_ImplementationMixin):
         if plan is not None and self.config._attn_implementation == SDPA_PLAN:
             # The decoder hands any 4D mask on as it is; the attention function goes by the plan.
             kwargs["plan"], mask = plan, inputs_embeds.new_ones(1, 1, 1, 1, dtype=torch.bool)
-            kwargs["recompute"] = not (self.gradient_checkpointing and self.training)  # which recomputes whole layers
         else:
             is_causal = kwargs.get("is_causal", True)
             mask = self._mask(
                 inputs_embeds, attention_mask, position_ids, past_key_values, block_length, plan, is_causal
             )
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        # The rounds of many responses at once are long: without checkpointing, at least keep no more than is worth it
+        large = "plan" in kwargs and inputs_embeds.numel() >= LARGE
+        light = large and self.training and torch.is_grad_enabled() and not self.gradient_checkpointing
+        with keep_products(self.layers) if light else nullcontext():
+            outputs = super().forward(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
         if score_index is not None:
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[score_index][None]
         return outputs

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import (
@@ -115,7 +114,6 @@ def sdpa_plan_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     plan=None,
-    recompute: bool = True,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -138,8 +136,6 @@ def sdpa_plan_forward(
             Factor of the attention scores.
         plan ([`AttentionPlan`], *optional*):
             Sizes of the segments, the segments each one sees, and the boolean masks.
-        recompute (`bool`, *optional*, defaults to `True`):
-            Whether the backward pass of a plan's attention computes its forward again in place of keeping it.
 
     Returns:
         Attention output of shape `(B, S, heads, head_dim)`, and no weights.
@@ -148,16 +144,6 @@ def sdpa_plan_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    arguments = (query, key, value, plan, dropout, scaling)
-    if not (recompute and query.requires_grad and torch.is_grad_enabled()):
-        return _plan_attention(*arguments), None
-    # Segments hold copies of the keys they share; it is cheaper to make them again than to keep them for the backward
-    return checkpoint(_plan_attention, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0), None
-
-
-def _plan_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan, dropout: float, scaling: float | None
-) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
     # One split each, so that the backward pass has one concatenation each.
     queries, keys, values = (torch.split(x, plan.sizes, dim=2) for x in (query, key, value))
@@ -178,7 +164,7 @@ def _plan_attention(
             enable_gqa=enable_gqa,
         )
         outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(SDPA_PLAN, sdpa_plan_forward)

@@ -413,6 +413,30 @@ def test_gradient_checkpointing_changes_nothing():
     assert_same_gradients(gradients(model, packed_logps(model, batch, 4).sum()), expected)
 
 
+@pytest.mark.parametrize("family", ["sdar", "sdar_moe"])
+def test_long_sequences_keep_products_only(family, monkeypatch):
+    """The same gradients, and far fewer bytes kept between forward and backward."""
+
+    def run(large):
+        model, kept = tiny_model(family).train(), {}
+        monkeypatch.setattr("dllm_trl.modeling.base.LARGE", large)
+
+        def pack(tensor):
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logps = packed_logps(model, make_batch(4), 4).sum()
+        assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+        return gradients(model, logps), sum(kept.values())
+
+    (everything, all_bytes), (products, few_bytes) = run(10**12), run(0)
+    assert_same_gradients(products, everything)
+    assert few_bytes < 0.6 * all_bytes
+    with torch.no_grad():
+        packed_logps(tiny_model(family).train(), make_batch(4), 4)
+
+
 def test_matrix_in_the_docs():
     page = (Path(__file__).parents[2] / "docs" / "packing.md").read_text()
     lines = page.split("```text\n")[1].split("```")[0].splitlines()
