@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # draws into files, with or without a display
 
 import matplotlib.pyplot as plt
+import torch
 from _word_problems import make_model, make_problems, make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
@@ -98,6 +99,9 @@ def plot_rewards(path: Path, rewards: list[float], responses: int, before: float
 
 def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLConfig) -> dict:
     start = time.perf_counter()
+    torch.set_num_threads(
+        1
+    )  # tensors are too small for more, and threads that wait for each other stall a busy machine
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
@@ -124,7 +128,7 @@ def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLCon
     tokenizer.save_pretrained(output_dir / "model")
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps
     plot_rewards(output_dir / "reward.png", rewards, responses, sft.accuracy, rl.accuracy)
-    shown = heldout.select(range(min(NUM_TRACES, len(heldout))))
+    shown = heldout[:NUM_TRACES]
     prompts = tokenizer.apply_chat_template(shown["prompt"], add_generation_prompt=True)["input_ids"]
     save_trace_html(
         output_dir / "trace.html",
@@ -132,7 +136,7 @@ def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLCon
         tokenizer,
         prompts=[messages[0]["content"] for messages in shown["prompt"]],
         answers=shown["answer"],
-        rewards=[record["reward"] for record in rl.records[: len(shown)]],
+        rewards=[record["reward"] for record in rl.records[:NUM_TRACES]],
         title="Word problems after TraceRL",
     )
     summary = {
@@ -152,12 +156,11 @@ def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLCon
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
-    print(
-        f"\nRight answers on {rl.num_problems} held-out problems (greedy decoding)\n"
-        f"  after SFT      {sft.accuracy:6.1%}, {sft.tokens_per_forward:.2f} tokens per forward ({seconds_sft:.0f} s)\n"
-        f"  after TraceRL  {rl.accuracy:6.1%}, {rl.tokens_per_forward:.2f} tokens per forward ({seconds_rl:.0f} s)\n"
-        f"In {output_dir}: model/, summary.json, reward.png, and trace.html to watch the model answer.\n"
-    )
+    print(f"\nRight answers on {rl.num_problems} held-out problems (greedy decoding)")
+    for stage, report, seconds in (("SFT", sft, seconds_sft), ("TraceRL", rl, seconds_rl)):
+        decoding = f"{report.tokens_per_forward:.2f} tokens per forward"
+        print(f"  after {stage:<8} {report.accuracy:6.1%}   {decoding}   trained in {seconds:.0f} s")
+    print(f"In {output_dir}: model/, summary.json, reward.png, and trace.html to watch the model answer.")
     return summary
 
 
