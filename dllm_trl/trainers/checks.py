@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoConfig
 from trl.trainer.utils import is_async_callable
@@ -35,6 +36,18 @@ def check_model(model, model_init_kwargs: dict | None, trust_remote_code: bool =
             f"`model={model!r}` has model type `{config.model_type}`, which is no diffusion language model. Pass a "
             f"checkpoint of one of: {', '.join(f'`{name}`' for name in FAMILIES)}."
         )
+
+
+def check_peft(model, peft_config) -> None:
+    """Raises if `peft_config`, or an adapter that `model` has already, works with virtual tokens."""
+    wrapped = not isinstance(model, str) and is_peft_model(model)
+    adapters = list(model.peft_config.values()) if wrapped else []
+    for name, config in [("peft_config", peft_config), *(("model", adapter) for adapter in adapters)]:
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"`{name}` has a `{type(config).__name__}`, which adds virtual tokens: the block grid does not know "
+                "them. Use LoRA or another method that changes weights."
+            )
 
 
 def check_columns(name: str, dataset, required: str = "prompt") -> None:

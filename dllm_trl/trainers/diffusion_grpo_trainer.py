@@ -21,7 +21,7 @@ from .._compat import use_small_logprob_tiles
 from ..generation import DiffusionGenerationConfig, generate_rollouts
 from ..modeling.packing import pack_rounds
 from .advantages import in_accuracy_range, is_overlong, population_z_score
-from .checks import check_columns, check_model, check_prompts, find_mask_token, guard_reward
+from .checks import check_columns, check_model, check_peft, check_prompts, find_mask_token, guard_reward
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .model_card import DiffusionModelCardMixin
 from .objectives import Objective, TraceObjective, make_objective
@@ -116,7 +116,8 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
             args = self.config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
         if not isinstance(args, self.config_class):
             raise TypeError(f"`args` must be a `{self.config_class.__name__}`, but is a `{type(args).__name__}`.")
-        self._refuse(args, reward_funcs, peft_config, tools, rollout_func, environment_factory)
+        self._refuse(args, reward_funcs, tools, rollout_func, environment_factory)
+        check_peft(model, peft_config)
         check_model(model, args.model_init_kwargs, args.trust_remote_code)
         check_columns("train_dataset", train_dataset)
         check_columns("eval_dataset", eval_dataset)
@@ -202,7 +203,7 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
     def _default_objective(self, args: DiffusionGRPOConfig) -> Objective:
         return TraceObjective()
 
-    def _refuse(self, args, reward_funcs, peft_config, tools, rollout_func, environment_factory) -> None:
+    def _refuse(self, args, reward_funcs, tools, rollout_func, environment_factory) -> None:
         name = type(self).__name__
         if args.use_vllm or args.use_transformers_continuous_batching:
             option = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
@@ -234,11 +235,6 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
             raise ValueError(
                 f"`generation_kwargs` must not hold `{option}`, which rollout and training share. Set "
                 f"`{shared[option]}`."
-            )
-        if getattr(peft_config, "is_prompt_learning", False):
-            raise ValueError(
-                f"`peft_config` of type `{type(peft_config).__name__}` adds virtual tokens, which the block grid does "
-                "not know. Use LoRA or another method that changes weights."
             )
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         for function in functions:

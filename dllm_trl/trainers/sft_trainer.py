@@ -28,7 +28,7 @@ from .._compat import use_small_logprob_tiles
 from ..modeling.packing import pack_rounds
 from ..types import Round
 from .chat_template import mark_assistant
-from .checks import check_model, find_mask_token
+from .checks import check_model, check_peft, find_mask_token
 from .model_card import DiffusionModelCardMixin
 from .objectives.sft import (
     make_sft_objective,
@@ -142,7 +142,12 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
             values = args.to_dict()
             values["hub_token"] = args.hub_token  # to_dict hides it
             args = DiffusionSFTConfig(**values)
-        self._refuse(model, compute_loss_func, peft_config)
+        if compute_loss_func is not None:
+            raise ValueError(
+                "`compute_loss_func` is not supported by `DiffusionSFTTrainer`: it gets the logits of a causal model. "
+                "Pass a callable as `DiffusionSFTConfig(objective=...)`, or override `compute_loss`."
+            )
+        check_peft(model, peft_config)
         check_model(model, args.model_init_kwargs, args.trust_remote_code)
         if not formatting_func and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             _check_columns("train_dataset", train_dataset, args.dataset_text_field)
@@ -212,21 +217,6 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
                 f"`max_length={args.max_length}` allows sequences longer than the model's context of {limit} tokens. "
                 f"Set `max_length={limit}`."
             )
-
-    @staticmethod
-    def _refuse(model, compute_loss_func, peft_config) -> None:
-        if compute_loss_func is not None:
-            raise ValueError(
-                "`compute_loss_func` is not supported by `DiffusionSFTTrainer`: it gets the logits of a causal model. "
-                "Pass a callable as `DiffusionSFTConfig(objective=...)`, or override `compute_loss`."
-            )
-        configs = [peft_config, *getattr(model, "peft_config", {}).values()]
-        for config in configs:
-            if getattr(config, "is_prompt_learning", False):
-                raise ValueError(
-                    f"`peft_config` of type `{type(config).__name__}` adds virtual tokens, which the block grid does "
-                    "not know. Use LoRA or another method that changes weights."
-                )
 
     # ---------------------------------------------------------------------------------------------------- corruption
 

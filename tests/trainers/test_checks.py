@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dllm_trl.trainers.checks import check_model
+from dllm_trl.trainers.checks import check_model, check_peft
 
 from .tiny_rl import make_model
 
@@ -46,3 +46,14 @@ def test_a_family_of_ones_own_beside_its_checkpoint_needs_trust(tmp_path, monkey
     path = write_remote(tmp_path / "other", "Other", "Qwen3Config")
     with pytest.raises(ValueError, match="model type `my_Other`, which is no diffusion language model"):
         check_model(path, None, True)
+
+
+def test_virtual_tokens_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="`peft_config` has a `PromptTuningConfig`.*Use LoRA"):
+        check_peft(make_model(), config)
+    with pytest.raises(ValueError, match="`model` has a `PromptTuningConfig`.*Use LoRA"):
+        check_peft(peft.get_peft_model(make_model(), config), None)
+    check_peft(peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"])), None)
+    check_peft("a/model", peft.LoraConfig())
