@@ -43,12 +43,18 @@ class DemoArguments:
     eval_split: str = field(default="heldout", metadata={"help": "'heldout', or 'validation' to try out settings."})
 
 
-class RewardProgress(ProgressCallback):
-    """A progress bar with the mean reward instead of a line per step."""
+class QuietProgress(ProgressCallback):
+    """A progress bar with the mean reward, or the loss, instead of lines between its updates."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "reward" in (logs or {}):
-            self.training_bar.set_postfix(reward=f"{logs['reward']:.2f}")
+        name = "reward" if "reward" in logs else "loss"
+        if self.training_bar is not None and name in logs:
+            self.training_bar.set_postfix({name: f"{logs[name]:.3f}"})
+
+
+def use_one_thread() -> None:
+    """The tensors are too small for more, and threads that wait for each other stall where another program runs."""
+    torch.set_num_threads(1)
 
 
 def train_sft(
@@ -56,6 +62,8 @@ def train_sft(
 ) -> None:
     problems = make_problems("train", demo_args.sft_problems, args.seed, demo_args.careless).remove_columns("answer")
     trainer = DiffusionSFTTrainer(model=model, args=args, train_dataset=problems, processing_class=tokenizer)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress)
     trainer.train()
 
 
@@ -68,7 +76,7 @@ def train_rl(
         model=model, reward_funcs=math_reward, args=args, train_dataset=problems, processing_class=tokenizer
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(RewardProgress)
+    trainer.add_callback(QuietProgress)
     trainer.train()
     return [log["reward"] for log in trainer.state.log_history if "reward" in log]
 
@@ -99,9 +107,6 @@ def plot_rewards(path: Path, rewards: list[float], responses: int, before: float
 
 def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLConfig) -> dict:
     start = time.perf_counter()
-    torch.set_num_threads(
-        1
-    )  # tensors are too small for more, and threads that wait for each other stall a busy machine
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
@@ -172,6 +177,7 @@ def parse_sft(args: list[str]) -> tuple[DemoArguments, DiffusionSFTConfig]:
 
 def sft_main(args: list[str]) -> None:
     """The first half alone."""
+    use_one_thread()
     demo_args, sft_args = parse_sft(args)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, sft_args.seed)
@@ -186,6 +192,7 @@ def sft_main(args: list[str]) -> None:
 
 def main(args: list[str]) -> dict:
     """Both halves. The arguments are those of TraceRL; SFT has the same seed."""
+    use_one_thread()
     demo_args, rl_args = TrlParser((DemoArguments, TraceRLConfig)).parse_args_and_config(
         ["--config", str(CONFIGS / "tracerl.yaml"), *args]
     )

@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig, TrlParser
 
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -42,6 +44,13 @@ def names_nothing(args: list[str]) -> bool:
     """Whether a command line asks for the embedded default: neither a config nor a dataset nor a model."""
     named = {"--config", "--dataset_name", "--model_name_or_path", "-h", "--help"}
     return not any(arg.split("=")[0] in named for arg in args)
+
+
+def make_parser(config_class: type) -> TrlParser:
+    """Parser of a recipe's command line. TRL's default of bfloat16 needs an accelerator."""
+    parser = TrlParser((MathArguments, config_class, ModelConfig))
+    parser.set_defaults(bf16=torch.accelerator.is_available())
+    return parser
 
 
 def check_names(math_args: "MathArguments", model_name: str | None) -> None:

@@ -14,9 +14,17 @@ With no model and no dataset, a tiny model is made and fine-tuned on word proble
 
 import sys
 
-from _math_data import MathArguments, check_names, drop_long_prompts, load_table, names_nothing, to_examples
+from _math_data import (
+    MathArguments,
+    check_names,
+    drop_long_prompts,
+    load_table,
+    make_parser,
+    names_nothing,
+    to_examples,
+)
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer
 
@@ -57,4 +65,4 @@ if __name__ == "__main__":
 
         _demo.sft_main(sys.argv[1:])
     else:
-        main(*TrlParser((MathArguments, DiffusionSFTConfig, ModelConfig)).parse_args_and_config())
+        main(*make_parser(DiffusionSFTConfig).parse_args_and_config())

@@ -16,9 +16,17 @@ With no model and no dataset, a tiny model is made, fine-tuned and trained on wo
 
 import sys
 
-from _math_data import MathArguments, check_names, drop_long_prompts, load_table, names_nothing, to_prompts
+from _math_data import (
+    MathArguments,
+    check_names,
+    drop_long_prompts,
+    load_table,
+    make_parser,
+    names_nothing,
+    to_prompts,
+)
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dllm_trl import TraceRLConfig, TraceRLTrainer
 from dllm_trl.rewards import format_reward, math_reward
@@ -65,4 +73,4 @@ if __name__ == "__main__":
 
         _demo.main(sys.argv[1:])
     else:
-        main(*TrlParser((MathArguments, TraceRLConfig, ModelConfig)).parse_args_and_config())
+        main(*make_parser(TraceRLConfig).parse_args_and_config())

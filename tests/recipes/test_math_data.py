@@ -1,0 +1,103 @@
+import json
+
+import pytest
+from _math_data import INSTRUCTION, drop_long_prompts, load_table, make_parser, names_nothing, to_examples, to_prompts
+from _word_problems import make_problems, make_tokenizer
+from datasets import Dataset
+
+from dllm_trl import TraceRLConfig
+
+
+PROBLEM = "Let $x = \\frac{1}{2}$.\n  What is “2x” — exactly?  "  # spaces and signs must survive
+
+
+@pytest.mark.parametrize("column", ["problem", "question"])
+@pytest.mark.parametrize(
+    "answers", [{"answer": ["\\frac{1}{2}"]}, {"answer": [18]}, {"solution": ["So $1$.\n\n#### 1"]}]
+)
+def test_problems_become_user_messages_and_nothing_is_lost(column, answers):
+    dataset = to_prompts(Dataset.from_dict({column: [PROBLEM], **answers, "level": [5]}))
+    assert dataset[0]["prompt"] == [{"role": "user", "content": PROBLEM + INSTRUCTION}]
+    for name, values in answers.items():
+        assert dataset[name][:] == values
+    assert dataset["level"][:] == [5]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["1+1=", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]]
+)
+def test_a_prompt_stays_as_it_is(prompt):
+    dataset = Dataset.from_dict({"prompt": [prompt], "answer": ["2"]})
+    assert to_prompts(dataset)[0] == {"prompt": prompt, "answer": "2"}
+
+
+def test_instruction_can_be_changed():
+    dataset = Dataset.from_dict({"problem": ["1+1?"], "answer": ["2"]})
+    assert to_prompts(dataset, instruction="")[0]["prompt"][0]["content"] == "1+1?"
+
+
+@pytest.mark.parametrize(
+    ("columns", "missing"), [({"text": ["1+1"], "answer": ["2"]}, "problem"), ({"problem": ["1+1"]}, "answer")]
+)
+def test_missing_columns_are_named(columns, missing):
+    with pytest.raises(
+        ValueError,
+        match=rf"columns {sorted(columns, reverse=True)}.*{missing}.*[Rr]ename".replace("[", r"\[", 1).replace(
+            "]", r"\]", 1
+        ),
+    ):
+        to_prompts(Dataset.from_dict(dict(sorted(columns.items(), reverse=True))))
+
+
+def test_solutions_become_completions():
+    dataset = Dataset.from_dict({"problem": ["1+1?"], "solution": ["It is \\boxed{2}."], "answer": ["2"]})
+    row = to_examples(dataset)[0]
+    assert row["completion"] == [{"role": "assistant", "content": "It is \\boxed{2}."}]
+    assert row["prompt"][0]["content"] == "1+1?" + INSTRUCTION
+    assert to_examples(Dataset.from_dict({"question": ["1+1?"], "answer": [2]}))[0]["completion"][0]["content"] == "2"
+    messages = Dataset.from_dict({"messages": [[{"role": "user", "content": "?"}]], "source": ["x"]})
+    assert to_examples(messages).column_names == ["messages"]
+    with pytest.raises(ValueError, match="hold what to learn"):
+        to_examples(Dataset.from_dict({"problem": ["1+1?"]}))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_files(tmp_path, suffix):
+    rows = [{"problem": PROBLEM, "answer": "1"}, {"problem": "2+2?", "answer": "4"}]
+    path = tmp_path / f"problems{suffix}"
+    path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    assert load_table(str(path), None, "train").to_list() == rows
+    with pytest.raises(FileNotFoundError, match="dataset_name"):
+        load_table(str(tmp_path / f"no{suffix}"), None, "train")
+
+
+def test_long_prompts_are_left_out_not_cut(capsys):
+    tokenizer, problems = make_tokenizer(), make_problems("validation", 50)
+    lengths = [
+        len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
+        for prompt in problems["prompt"]
+    ]
+    limit = sorted(lengths)[25]
+    kept = drop_long_prompts(problems, tokenizer, limit)
+    assert kept.to_list() == [row for row, length in zip(problems, lengths) if length <= limit]
+    assert f"{50 - len(kept)} of 50 problems left out" in capsys.readouterr().out
+    assert drop_long_prompts(problems, tokenizer, None) is problems
+    with pytest.raises(ValueError, match="max_prompt_length=3"):
+        drop_long_prompts(problems, tokenizer, 3)
+
+
+def test_default_is_asked_for_by_naming_nothing():
+    assert names_nothing([]) and names_nothing(["--seed", "1", "--output_dir", "x"])
+    assert not names_nothing(["--dataset_name=x.json"])
+    assert not names_nothing(["--config", "x.yaml"])
+    assert not names_nothing(["--help"])
+
+
+def test_one_name_alone_is_an_error(tmp_path):
+    import tracerl_math
+
+    parsed = make_parser(TraceRLConfig).parse_args_and_config(
+        ["--dataset_name", "x.json", "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    )
+    with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
+        tracerl_math.main(*parsed)
