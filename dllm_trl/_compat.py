@@ -61,8 +61,8 @@ def use_small_logprob_tiles(device_type: str) -> None:
     """
     Make TRL's fused head work on tiles that fit a CPU: twice as fast there, and an eighth of the memory.
 
-    The head projects 4096 tokens onto 32768 vocabulary entries at a time, half a gigabyte per temporary in float32. That
-    suits a GPU, so it is left alone there. The result is the same.
+    The head projects 4096 tokens onto 32768 vocabulary entries at a time, half a gigabyte per temporary in float32.
+    That suits a GPU, so it is left alone there. The result is the same.
     """
     if device_type == "cpu":
         from trl.trainer import utils
