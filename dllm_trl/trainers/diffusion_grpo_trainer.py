@@ -1,9 +1,6 @@
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
@@ -11,11 +8,10 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context, profiling_decorator
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import RepeatSampler, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
 from ..generation import DiffusionGenerationConfig, generate_rollouts
@@ -23,6 +19,7 @@ from ..modeling.packing import pack_rounds
 from .advantages import in_accuracy_range, is_overlong, population_z_score
 from .checks import check_columns, check_model, check_peft, check_prompts, find_mask_token, guard_reward
 from .diffusion_grpo_config import DiffusionGRPOConfig
+from .exact_resume import ExactResumeMixin
 from .model_card import DiffusionModelCardMixin
 from .objectives import Objective, TraceObjective, make_objective
 
@@ -36,21 +33,7 @@ _MAX_LOG_RATIO = 10.0
 _CONTEXT = ("canvas_ids", "canvas_mask", "step_map", "scored")
 
 
-class _EpochSampler(RepeatSampler):
-    """[`~trl.trainer.utils.RepeatSampler`] whose order is a function of the epoch, so that a resumed run finds it
-    again."""
-
-    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch())
-        return super().__iter__()
-
-
-class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
+class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTrainer):
     r"""
     [`~trl.GRPOTrainer`] for block diffusion language models: the rollout comes from the decoding engine of this
     package, and log-probabilities are those of the tokens in the contexts ("rounds") that an objective names.
@@ -198,7 +181,7 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
         self._context = None  # what the log-probability method needs beside TRL's arguments
         self._expects_old = False  # the next log-probabilities TRL asks for are the old ones
         self._scores = None  # result of the log-probability method that TRL's loss will ask for
-        self._warned_no_signal = False
+        self._batches_without_signal = 0
 
     def _default_objective(self, args: DiffusionGRPOConfig) -> Objective:
         return TraceObjective()
@@ -272,18 +255,6 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
     @staticmethod
     def _base_model(model: nn.Module) -> PreTrainedModel:
         return model.get_base_model() if is_peft_model(model) else model
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
-        sampler = super()._get_train_sampler(dataset)
-        return _EpochSampler(
-            sampler.data_source,
-            mini_repeat_count=sampler.mini_repeat_count,
-            batch_size=sampler.batch_size,
-            repeat_count=sampler.repeat_count,
-            shuffle=sampler.shuffle,
-            seed=sampler.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
 
     # ------------------------------------------------------------------------------------------------------- rollout
 
@@ -428,14 +399,17 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
         output["advantages"] = advantages[mine]
 
     def _warn_without_signal(self, advantages: torch.Tensor, kept: torch.Tensor) -> None:
-        if self._warned_no_signal or (advantages.abs() > 1e-8).any():
+        if (advantages.abs() > 1e-8).any():
             return
-        self._warned_no_signal = True  # until the next log
+        self._batches_without_signal += 1
+        if self._batches_without_signal not in (1, 10, 100, 1000, 10000):  # said early and again, not in every step
+            return
+        batches = f"Rollouts of this run without any so far: {self._batches_without_signal}."
         if not kept.any():
             logger.warning(
                 f"All groups were dropped: the accuracy of none lies in `accuracy_range={self.args.accuracy_range}` "
                 "(a response is accurate if the first of `reward_funcs` gives more than 0.5). This step has no "
-                "gradient. Widen `accuracy_range`, or use problems the model solves sometimes."
+                f"gradient. Widen `accuracy_range`, or use problems the model solves sometimes. {batches}"
             )
             return
         mean = self._rewards.nanmean(0).tolist()
@@ -444,7 +418,7 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
             "No group has any reward signal: within each group of responses to the same prompt all rewards are equal "
             f"(mean rewards: {means}), so every advantage is 0 and the policy loss teaches nothing. Use easier or "
             "harder problems, raise `num_generations` or `temperature`, or check that `reward_funcs` can read the "
-            "answers and that `max_completion_length` leaves room for them."
+            f"answers and that `max_completion_length` leaves room for them. {batches}"
         )
 
     # ---------------------------------------------------------------------------------------------- log-probabilities
@@ -604,16 +578,11 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
         finally:
             self._scores, self.beta = None, beta
 
-    # ------------------------------------------------------------------------------------- evaluation, logs,
-    # checkpoints
+    # ----------------------------------------------------------------------------------------- evaluation, checkpoints
 
     def evaluation_loop(self, *args, **kwargs):
         self._eval_rows = 0  # every evaluation draws the same numbers
         return super().evaluation_loop(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        self._warned_no_signal = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.block_length != self.model.config.block_size:
@@ -623,69 +592,3 @@ class DiffusionGRPOTrainer(DiffusionModelCardMixin, GRPOTrainer):
                 "`model.config.block_size` before saving."
             )
         super().save_model(output_dir, _internal_call=_internal_call)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_complete_checkpoint()
-        # What an earlier call left in the buffer is not this run's
-        self._step, self._buffered_inputs, self._policy_step = 0, None, None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _last_complete_checkpoint(self) -> str:
-        """The newest checkpoint that was written to its end: `trainer_state.json` is the last file of each."""
-        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        steps = {int(number): path for path in folders if (number := path.name.rsplit("-", 1)[1]).isdigit()}
-        for folder in (steps[step] for step in sorted(steps, reverse=True)):
-            try:
-                json.loads((folder / "trainer_state.json").read_text())
-                return str(folder)
-            except (FileNotFoundError, json.JSONDecodeError):
-                logger.warning(f"{folder} is incomplete (was the run killed while writing it?) and is passed over.")
-        raise ValueError(f"No complete checkpoint found in `output_dir` {self.args.output_dir}.")
-
-    def _rollout_state_file(self, folder: str) -> Path:
-        return Path(folder) / f"rollout_state_{self.accelerator.process_index}.pt"
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        # Called on every process, after the weights and before `trainer_state.json`. TRL forgets its buffer: a run
-        # that is resumed in the middle of one would decode again, with other weights.
-        super()._save_rng_state(output_dir)
-        state = {
-            "step": self._step,
-            "policy_step": self._policy_step,
-            "buffered_inputs": self._buffered_inputs,
-            "layout": self._rollout_layout(),
-        }
-        file = self._rollout_state_file(output_dir)
-        torch.save(state, f"{file}.tmp")
-        os.replace(f"{file}.tmp", file)
-        self.accelerator.wait_for_everyone()
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        file = self._rollout_state_file(checkpoint)
-        if not file.exists():
-            logger.warning(
-                f"{checkpoint} holds no rollout buffer (`{file.name}`): the current batch is decoded again."
-            )
-            return
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
-        if state["layout"] != self._rollout_layout():
-            logger.warning(
-                f"The rollout buffer in {checkpoint} was made with {state['layout']}, this run has "
-                f"{self._rollout_layout()}: the current batch is decoded again."
-            )
-            return
-        self._step, self._policy_step = state["step"], state["policy_step"]
-        self._buffered_inputs = state["buffered_inputs"]
-
-    def _rollout_layout(self) -> dict[str, int]:
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "steps_per_generation": self.args.steps_per_generation,
-            "num_iterations": self.num_iterations,
-        }

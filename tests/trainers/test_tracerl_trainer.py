@@ -340,15 +340,16 @@ def test_nan_rewards_are_pointed_out(tmp_path, warnings_of):
     assert all(value.isfinite().all() for value in trainer.model.parameters())
 
 
-def test_no_reward_signal_is_said_once_per_log(tmp_path, warnings_of):
+def test_no_reward_signal_is_said_but_not_in_every_step(tmp_path, warnings_of):
     def constant(completions, **kwargs):
         return [0.0] * len(completions)
 
-    trainer = make_trainer(tmp_path, reward_funcs=constant, max_steps=4, logging_steps=2, num_iterations=1)
+    trainer = make_trainer(tmp_path, reward_funcs=constant, max_steps=10, logging_steps=1, num_iterations=1)
     before = weights(trainer.model)
     trainer.train()
     said = [message for message in warnings_of() if "No group has any reward signal" in message]
     assert len(said) == 2 and "constant 0" in said[0] and "`num_generations`" in said[0]
+    assert "so far: 1." in said[0] and "so far: 10." in said[1]
     assert not changed(trainer, before)
 
 
