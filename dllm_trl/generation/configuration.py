@@ -29,6 +29,18 @@ RENAMED = {
     "further_horizon": "refresh_interval",
     "stopping_criteria_idx": "eos_token_id",
 }
+OWN = (
+    "block_length",
+    "denoising_steps",
+    "remasking_strategy",
+    "confidence_threshold",
+    "entropy_bound",
+    "denoising_schedule",
+    "mask_token_id",
+    "seed",
+    "cache",
+)
+KNOWN = {*OWN, *vars(GenerationConfig())}
 SCHEDULES = ("even", "dream")
 CACHES = ("exact", "none", "prefix", "dual")
 
@@ -73,17 +85,23 @@ class DiffusionGenerationConfig(GenerationConfig):
         ValueError: a value is out of its range, or an argument goes by another name here.
     """
 
+    block_length: int | None
+    denoising_steps: int | None
+    remasking_strategy: str | Callable | None
+    confidence_threshold: float | None
+    entropy_bound: float | None
+    denoising_schedule: str | None
+    mask_token_id: int | None
+    seed: int | None
+    cache: str | None
+
     def __init__(self, **kwargs):
         reject_renamed(kwargs)
-        self.block_length: int | None = kwargs.pop("block_length", None)
-        self.denoising_steps: int | None = kwargs.pop("denoising_steps", None)
-        self.remasking_strategy: str | Callable | None = kwargs.pop("remasking_strategy", None)
-        self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
-        self.entropy_bound: float | None = kwargs.pop("entropy_bound", None)
-        self.denoising_schedule: str | None = kwargs.pop("denoising_schedule", None)
-        self.mask_token_id: int | None = kwargs.pop("mask_token_id", None)
-        self.seed: int | None = kwargs.pop("seed", None)
-        self.cache: str | None = kwargs.pop("cache", None)
+        unknown = sorted(key for key in kwargs if key not in KNOWN and not key.startswith("_"))
+        if unknown:
+            raise ValueError(f"`DiffusionGenerationConfig` got unknown arguments {unknown}; check their spelling.")
+        for name in OWN:
+            setattr(self, name, kwargs.pop(name, None))
         super().__init__(**kwargs)
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
@@ -145,10 +163,13 @@ class DiffusionGenerationConfig(GenerationConfig):
         # Published diffusion checkpoints carry `_from_model_config: true` in generation_config.json, which makes the
         # base class drop every key it does not know; and keys in the vocabulary of their own code, which we keep as
         # they are.
-        config_dict = {key: value for key, value in config_dict.items() if key != "_from_model_config"}
-        foreign = {key: config_dict.pop(key) for key in list(config_dict) if key in RENAMED}
+        foreign = {key: value for key, value in config_dict.items() if key not in KNOWN}
+        config_dict = {key: value for key, value in config_dict.items() if key in KNOWN}
+        config_dict.pop("_from_model_config", None)
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        known = {key: kwargs.pop(key) for key in list(kwargs) if key in KNOWN}
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **known)
+        unused |= kwargs
         for key, value in foreign.items():
             setattr(config, key, value)
         return (config, unused) if return_unused_kwargs else config

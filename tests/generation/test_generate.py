@@ -263,6 +263,10 @@ def test_config_saves_and_loads(tmp_path):
         DiffusionGenerationConfig(denoising_steps=0)
     with pytest.raises(ValueError, match="use `block_length`"):
         DiffusionGenerationConfig(block_size=4)
+    with pytest.raises(ValueError, match=r"unknown arguments \['confidence_treshold'\]"):
+        DiffusionGenerationConfig(confidence_treshold=0.9)
+    loaded, unused = DiffusionGenerationConfig.from_pretrained(tmp_path, seed=3, other=4, return_unused_kwargs=True)
+    assert loaded.seed == 3 and unused["other"] == 4
 
 
 def test_a_published_generation_config_survives(tmp_path):
