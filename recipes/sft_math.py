@@ -57,6 +57,8 @@ def main(math_args: MathArguments, training_args: DiffusionSFTConfig, model_args
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=math_args.dataset_name)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # leaves the process group before the interpreter ends
 
 
 if __name__ == "__main__":

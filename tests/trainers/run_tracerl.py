@@ -37,6 +37,7 @@ def main(options: dict) -> None:
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         trainer.state.save_to_json(os.path.join(args.output_dir, "state.json"))
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # gloo's threads must not outlive the interpreter
 
 
