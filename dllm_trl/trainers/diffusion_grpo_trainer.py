@@ -565,8 +565,7 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
         if recorded is not None and same_weights and unchecked:
             self._check_on_policy(logps, recorded, inputs["scored"])
         if old is not None:
-            bounded = old + (logps - old).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-            logps = torch.where((logps - old).abs() <= _MAX_LOG_RATIO, logps, bounded.detach())
+            logps = old + (logps - old).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)  # no gradient beyond the bounds
         beta = self.beta
         if beta != 0.0 and self.args.kl_target == "old":
             inputs["ref_per_token_logps"] = logps.detach() if old is None else old

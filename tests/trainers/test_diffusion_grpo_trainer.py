@@ -448,3 +448,20 @@ def test_config_is_checked(tmp_path):
         with pytest.raises(ValueError, match=message):
             TraceRLConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, **options)
     assert DiffusionGRPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False).accuracy_range is None
+
+
+def test_log_ratios_are_bounded_before_trl_sees_them(tmp_path, monkeypatch):
+    """rho = exp(clamp(lp - lp_old, -10, 10)), without gradient outside."""
+    trainer = make_trainer(tmp_path)
+    batch = roll_out(trainer)
+    old = torch.zeros(batch["canvas_ids"].shape)
+    logps = torch.zeros_like(old)
+    logps[0, :3] = torch.tensor([15.0, -15.0, 9.0])
+    logps.requires_grad_()
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *args, **kwargs: (logps, old, None))
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: self._scores[0])
+    monkeypatch.setattr(trainer, "_check_on_policy", lambda *args: None)
+    seen = trainer._compute_loss(trainer.model, {**batch, "old_per_token_logps": old})
+    assert seen[0, :3].tolist() == [10.0, -10.0, 9.0]
+    seen.sum().backward()
+    assert logps.grad[0, :3].tolist() == [0.0, 0.0, 1.0]
