@@ -289,7 +289,7 @@ class Decoder:
         row, block = self.rows[slot], self.slots[slot]
         first, last = self._store(slot)
         row.canvas_length = row.length = last
-        ends = np.isin(row.ids[first:last], self.plan.eos_token_ids).nonzero()[0]
+        ends = (row.ids[first:last, None] == self.plan.eos_token_ids).any(-1).nonzero()[0]
         if len(ends):
             row.length = first + int(ends[0]) + 1
         if self.streamer is not None:
