@@ -25,7 +25,8 @@ class DiffusionRollout:
         completion_mask (`torch.LongTensor` of shape `(B, R)`):
             1 for the tokens of `completion_ids`.
         canvas_ids (`torch.LongTensor` of shape `(B, R)`):
-            What the row's context was: all committed tokens, also those after EOS in EOS's block.
+            What the row's context was: all committed tokens, also those after EOS in EOS's block, and with full
+            attention the mask tokens that were never decoded.
         canvas_mask (`torch.LongTensor` of shape `(B, R)`):
             1 where the position existed for the row.
         step_map (`torch.LongTensor` of shape `(B, R)`):
@@ -35,7 +36,8 @@ class DiffusionRollout:
         num_forward_passes (`torch.LongTensor` of shape `(B,)`):
             Denoising forwards whose result the row used.
         block_length (`int`):
-            Tokens denoised together. Token `i` of the pad-free sequence belongs to block `i // block_length`.
+            Tokens denoised together. Token `i` of the pad-free sequence (with full attention: of the response) belongs
+            to block `i // block_length`.
     """
 
     prompt_ids: torch.Tensor

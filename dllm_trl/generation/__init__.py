@@ -1,5 +1,11 @@
-from .configuration import DiffusionGenerationConfig
+from .configuration import DiffusionGenerationConfig, denoising_steps_per_block
 from .mixin import DiffusionGenerateOutput, DiffusionGenerationMixin, generate_rollouts
 
 
-__all__ = ["DiffusionGenerateOutput", "DiffusionGenerationConfig", "DiffusionGenerationMixin", "generate_rollouts"]
+__all__ = [
+    "DiffusionGenerateOutput",
+    "DiffusionGenerationConfig",
+    "DiffusionGenerationMixin",
+    "denoising_steps_per_block",
+    "generate_rollouts",
+]

@@ -7,11 +7,13 @@ import torch
 
 @dataclass
 class Prefix:
-    """Keys and values of the full blocks of a prompt: per layer `(kv_heads, length, head_dim)`."""
+    """Keys and values of the full blocks of a prompt: per layer `(kv_heads, length, head_dim)`. With a shifted head
+    also the logits `(V,)` of its last token, which predict the one after it."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     length: int
+    logits: torch.Tensor | None = None
 
 
 class SlotCache:

@@ -26,7 +26,10 @@ RENAMED = {
     "dynamic_threshold": "confidence_threshold",
     "mask_id": "mask_token_id",
     "cfg": "cfg_scale",
+    "guidance_scale": "cfg_scale",
     "further_horizon": "refresh_interval",
+    "dual_cache": 'cache="dual"',
+    "logits_eos_inf": "suppress_eos",
     "stopping_criteria_idx": "eos_token_id",
 }
 OWN = (
@@ -39,10 +42,59 @@ OWN = (
     "mask_token_id",
     "seed",
     "cache",
+    "refresh_interval",
+    "cfg_scale",
+    "alg_temp",
+    "suppress_eos",
 )
 KNOWN = {*OWN, *vars(GenerationConfig())}
 SCHEDULES = ("even", "dream")
 CACHES = ("exact", "none", "prefix", "dual")
+# What Dream's published generation_config.json says under `alg`, and ours
+ALGORITHMS = {
+    "origin": "random",
+    "maskgit_plus": "low_confidence_static",
+    "topk_margin": "margin",
+    "entropy": "entropy",
+}
+
+
+def denoising_steps_per_block(total_steps: int, max_new_tokens: int, block_length: int | None = None) -> int:
+    """
+    LLaDA's `steps`, which are those of the whole response, as `denoising_steps`, which are those of a block.
+
+    Args:
+        total_steps (`int`):
+            Denoising steps of the whole response.
+        max_new_tokens (`int`):
+            Length of the response.
+        block_length (`int`, *optional*):
+            Tokens denoised together, `None` for the whole response.
+
+    Returns:
+        `int`: steps per block.
+
+    Raises:
+        ValueError: the steps are no whole number per block, or a block has more steps than tokens.
+    """
+    for name, value in (("total_steps", total_steps), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+    block_length = min(block_length or max_new_tokens, max_new_tokens)
+    blocks = -(-max_new_tokens // block_length)
+    steps, rest = divmod(total_steps, blocks)
+    if rest:
+        raise ValueError(
+            f"`total_steps` ({total_steps}) must be a multiple of the number of blocks ({blocks} of `block_length` "
+            f"{block_length} in `max_new_tokens` {max_new_tokens}): pass {max(steps, 1) * blocks} or "
+            f"{(steps + 1) * blocks}."
+        )
+    if steps > block_length:
+        raise ValueError(
+            f"`total_steps` ({total_steps}) are {steps} per block of {block_length} tokens, but each step commits a "
+            f"token: pass at most {blocks * block_length}."
+        )
+    return steps
 
 
 def reject_renamed(names: Any) -> None:
@@ -60,7 +112,8 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     Args:
         block_length (`int`, *optional*):
-            Tokens denoised together. `None` takes the model's `config.block_size`.
+            Tokens denoised together. `None` takes the model's `config.block_size`, which full attention does not have:
+            there it is the whole response.
         denoising_steps (`int`, *optional*):
             Upper bound of denoising steps *per block*. `None` takes `block_length`.
         remasking_strategy (`str` or `Callable`, *optional*):
@@ -79,7 +132,21 @@ class DiffusionGenerationConfig(GenerationConfig):
         seed (`int`, *optional*):
             Seed of the sampling. `None` draws one from torch's default generator.
         cache (`str`, *optional*):
-            `"exact"` for block families, which always decode with the exact cache.
+            `"exact"` for block families, which always decode with the exact cache. For full attention `"none"`
+            (default), or one of Fast-dLLM's approximations: `"prefix"` computes the block and what follows it,
+            `"dual"` the block only; the keys and values of all other tokens are those of the block's first step.
+        refresh_interval (`int`, *optional*):
+            With `cache="prefix"`: how many tokens beyond the block are computed in its later steps, and seen ("further
+            horizon" of the reference rollouts). `None` computes and sees all of them.
+        cfg_scale (`float`, *optional*):
+            Guidance of full attention as LLaDA defines it: logits = u + (cfg_scale + 1) (c - u), where the prompt is
+            masked in u. 0 is off.
+        alg_temp (`float`, *optional*):
+            Temperature of the choice of positions in `"low_confidence_static"`, `"margin"` and `"entropy"` (Dream):
+            they are drawn without replacement from softmax(score / alg_temp). 0 takes the best.
+        suppress_eos (`bool`, *optional*):
+            Whether EOS has no probability: it is never sampled, and confidences are those of the other tokens (LLaDA's
+            `logits_eos_inf`).
 
     Raises:
         ValueError: a value is out of its range, or an argument goes by another name here.
@@ -94,6 +161,10 @@ class DiffusionGenerationConfig(GenerationConfig):
     mask_token_id: int | None
     seed: int | None
     cache: str | None
+    refresh_interval: int | None
+    cfg_scale: float | None
+    alg_temp: float | None
+    suppress_eos: bool | None
 
     def __init__(self, **kwargs):
         reject_renamed(kwargs)
@@ -105,10 +176,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
-        for name in ("block_length", "denoising_steps"):
+        for name, least in (("block_length", 1), ("denoising_steps", 1), ("refresh_interval", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
         if isinstance(self.remasking_strategy, str) and self.remasking_strategy not in SAMPLERS:
             raise ValueError(
                 f"`remasking_strategy` must be one of {sorted(SAMPLERS)} or a function, but is "
@@ -124,6 +195,17 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"`denoising_schedule` must be one of {SCHEDULES}, but is {self.denoising_schedule!r}.")
         if self.cache is not None and self.cache not in CACHES:
             raise ValueError(f"`cache` must be one of {CACHES}, but is {self.cache!r}.")
+        if self.refresh_interval is not None and self.cache != "prefix":
+            raise ValueError(
+                f'`refresh_interval` says what `cache="prefix"` computes beyond the block, but `cache` is '
+                f'{self.cache!r}; leave `refresh_interval` unset or pass `cache="prefix"`.'
+            )
+        for name in ("cfg_scale", "alg_temp"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not value >= 0):
+                raise ValueError(f"`{name}` must be at least 0 (0 is off), but is {value!r}.")
+        if self.suppress_eos is not None and not isinstance(self.suppress_eos, bool):
+            raise ValueError(f"`suppress_eos` must be `True` or `False`, but is {self.suppress_eos!r}.")
         if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"`temperature` must be at least 0 (0 is greedy), but is {self.temperature!r}.")
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
@@ -156,6 +238,9 @@ class DiffusionGenerationConfig(GenerationConfig):
             "confidence_threshold": 0.9,
             "entropy_bound": 0.1,
             "denoising_schedule": "even",
+            "cfg_scale": 0.0,
+            "alg_temp": 0.0,
+            "suppress_eos": False,
         }
 
     @classmethod

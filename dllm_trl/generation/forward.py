@@ -1,10 +1,12 @@
 """
-The forward of decoding, over units of one block each: `W` consecutive tokens of a row, whose queries all see the same
-keys of that row. [`StockForward`] runs the model's own modules and works for every family, LoRA, quantisation and
-hooks; [`FusedForward`](fused_forward.py) is the fast one for plain llama-like decoders. `make_forward` picks.
+The forward of decoding, over units: `W` consecutive tokens of a row (a block, or as much as full attention computes
+anew), whose queries all see the same keys of that row. [`StockForward`] runs the model's own modules and works for
+every family, LoRA, quantisation and hooks; [`FusedForward`](fused_forward.py) is the fast one for plain llama-like
+decoders. `make_forward` picks.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,11 +17,21 @@ from .cache import Prefix, SlotCache, SlotView
 from .fused_forward import FusedForward
 
 
+class Span(NamedTuple):
+    """Units `first .. last - 1`: they see `length` keys at most, not all of them the same number where `ragged`, and
+    lie in slots `slot, slot + 1, ...`, or anywhere (`None`)."""
+
+    first: int
+    last: int
+    length: int
+    ragged: bool
+    slot: int | None
+
+
 @dataclass
 class Units:
     r"""
-    One decode forward: first the block being denoised of every row in flight, then the finished blocks to be
-    committed.
+    One decode forward: first the units whose logits may be read, then the finished blocks to be committed.
 
     Args:
         ids (`torch.LongTensor` of shape `(U, W)`):
@@ -27,18 +39,19 @@ class Units:
         positions (`torch.LongTensor` of shape `(U, W)`):
             Pad-free positions.
         slots (`torch.LongTensor` of shape `(U,)`):
-            Row of the cache. The first `rows` units belong to slots `0 .. rows - 1`.
+            Row of the cache.
         visible (`torch.LongTensor` of shape `(U,)`):
             Keys `[0, visible)` of the row are seen.
         rows (`int`):
-            Rows in flight, `A`.
+            Units whose logits may be read, `A`.
         length (`int`):
             Largest `visible`.
         read (`torch.LongTensor` of shape `(n,)`):
-            Which of the first `A * W` tokens need logits.
-        spans (`list[tuple[int, int, int, bool]]`):
-            The units in order, cut into `(first, last, length, ragged)`: units `first .. last - 1` see `length` keys
-            at most, and not all of them the same number where `ragged`. No span holds units of both kinds.
+            Which of the first `A * W` tokens (or of `carried`) need logits.
+        spans (`list[Span]`):
+            The units in order, cut into pieces. No span holds units of both kinds.
+        carried (`torch.LongTensor` of shape `(U, C)`, *optional*):
+            The tokens, among all `U * W`, that `read` chooses from, `C` of every unit, where these are not all.
     """
 
     ids: torch.Tensor
@@ -48,7 +61,8 @@ class Units:
     rows: int
     length: int
     read: torch.Tensor
-    spans: list[tuple[int, int, int, bool]]
+    spans: list[Span]
+    carried: torch.Tensor | None = None
 
 
 class StockForward:
@@ -68,24 +82,29 @@ class StockForward:
                 prefixes.append(Prefix([], [], 0))
                 continue
             cache = DynamicCache(config=self.model.config)
-            self.model.base_model(
+            hidden = self.model.base_model(
                 input_ids=ids[None], past_key_values=cache, use_cache=True, block_length=block_length
-            )
+            ).last_hidden_state
             layers = cache.layers
             prefixes.append(Prefix([x.keys[0] for x in layers], [x.values[0] for x in layers], len(ids)))
+            if self.model.config.logit_shift:
+                prefixes[-1].logits = self.model.get_output_embeddings()(hidden[0, -1:])[0]
         return prefixes
 
-    def step(self, units: Units, cache: SlotCache) -> torch.Tensor:
+    def step(self, units: Units, cache: SlotCache | None) -> torch.Tensor:
+        """Logits `(n, V)` of the tokens in `units.read`. Without a cache, units are whole rows."""
+        view = None if cache is None else SlotView(cache, units.slots, units.positions, units.length)
         keys = torch.arange(units.length, device=units.ids.device)
         mask = (keys < units.visible[:, None])[:, None, None]  # (U, 1, 1, K)
         hidden = self.model.base_model(
             input_ids=units.ids,
             position_ids=units.positions,
             attention_mask=mask.expand(-1, 1, units.ids.size(1), -1),
-            past_key_values=SlotView(cache, units.slots, units.positions, units.length),
-            use_cache=True,
+            past_key_values=view,
+            use_cache=cache is not None,
         ).last_hidden_state
-        return self.model.get_output_embeddings()(hidden.flatten(0, 1)[units.read])
+        read = units.read if units.carried is None else units.carried.view(-1)[units.read]
+        return self.model.get_output_embeddings()(hidden.flatten(0, 1)[read])
 
 
 # The packed weights of small models are kept between calls: packing costs as much as a handful of steps.

@@ -5,63 +5,16 @@ written in place, and after the last layer's keys and values only the tokens tha
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .cache import Prefix, SlotCache
-from .fused_ops import Matrix, Norm
+from .fused_ops import Layer, Matrix, Norm
 
 
 # Layers whose arithmetic is known here, each with its attention
-LAYERS = {f"{family}DecoderLayer": f"{family}Attention" for family in ("Qwen3", "Qwen3Moe", "Qwen2", "Llama")}
+LAYERS = {f"{family}DecoderLayer": {f"{family}Attention"} for family in ("Qwen3", "Qwen3Moe", "Qwen2", "Llama")}
+LAYERS["LlamaDecoderLayer"].add("LLaDAAttention")  # rotates in float32, as the tables' type says
 STATIC_ROPE = {"default", "linear", "yarn", "llama3"}
-
-
-class _Layer:
-    def __init__(self, layer: nn.Module):
-        attention, self.mlp = layer.self_attn, layer.mlp
-        self.input_norm, self.output_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
-        self.qkv = Matrix(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = Matrix(attention.o_proj)
-        self.head_dim, self.scaling = attention.head_dim, attention.scaling
-        self.heads = attention.q_proj.out_features // self.head_dim
-        self.kv_heads = attention.k_proj.out_features // self.head_dim
-        self.head_norm = None
-        if hasattr(attention, "q_norm"):
-            weights = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads
-            self.head_norm = Norm(attention.q_norm, torch.stack(weights))  # (heads + kv_heads, head_dim)
-        self.dense = hasattr(self.mlp, "gate_proj")
-        if self.dense:
-            self.gate, self.up, self.down = (
-                Matrix(getattr(self.mlp, f"{name}_proj")) for name in ("gate", "up", "down")
-            )
-
-    def project(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-        """Normed and rotated queries `(T, heads, d)` and keys, and values `(T, kv_heads, d)`."""
-        qkv = self.qkv(self.input_norm(x)).view(x.size(0), -1, self.head_dim)
-        qk, v = torch.split_with_sizes(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=1)
-        if self.head_norm is not None:
-            qk = self.head_norm(qk)
-        # rotate_half(x) * sin = roll(x, d / 2) * signed sin
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin)
-        return *torch.split_with_sizes(qk, [self.heads, self.kv_heads], dim=1), v
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """`(B, heads, Q, d)` over `(B, kv_heads, K, d)` to `(B * Q, heads * d)`: the heads of a group are queries of
-        one head, which needs no repeated keys."""
-        batch, heads, queries, dim = q.shape
-        q = q.reshape(batch, self.kv_heads, -1, dim)
-        if mask is not None and mask.dim() == 2:  # (Q, K), another line for each query
-            mask = mask.repeat(heads // self.kv_heads, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)
-        return out.view(batch, heads, queries, dim).transpose(1, 2).reshape(batch * queries, heads * dim)
-
-    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        x = self.out(attended, add=x)
-        hidden = self.output_norm(x)
-        if self.dense:
-            return self.down(self.up(hidden, mul=self.gate(hidden, silu=True)), add=x)
-        return x + self.mlp(hidden[None])[0]
 
 
 class FusedForward:
@@ -69,9 +22,10 @@ class FusedForward:
 
     def __init__(self, model: nn.Module):
         self.backbone = model.base_model
-        self.layers = [_Layer(layer) for layer in self.backbone.layers]
+        self.layers = [Layer(layer) for layer in self.backbone.layers]
         self.norm, self.head = Norm(self.backbone.norm), Matrix(model.get_output_embeddings())
         self.cos = self.sin = None
+        self.shift = model.config.logit_shift
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -79,7 +33,7 @@ class FusedForward:
         backbone, config, layers = model.base_model, model.config, getattr(model.base_model, "layers", [])
         return (
             len(layers) > 0
-            and all(type(layer.self_attn).__name__ == LAYERS.get(type(layer).__name__) for layer in layers)
+            and all(type(layer.self_attn).__name__ in LAYERS.get(type(layer).__name__, ()) for layer in layers)
             and type(model.get_output_embeddings()) is nn.Linear
             and config.hidden_act == "silu"
             and config.rope_parameters.get("rope_type", "default") in STATIC_ROPE
@@ -117,32 +71,45 @@ class FusedForward:
                 prefix.keys.append(k_i.contiguous())
                 prefix.values.append(v_i.contiguous())
             if i == len(self.layers) - 1:
-                break  # nobody reads what comes after the last keys and values
+                break  # next to nobody reads what comes after the last keys and values
             pieces = zip(q, prefixes, masks, strict=True)
             attended = [layer.attend(q_i[None], p.keys[i][None], p.values[i][None], mask) for q_i, p, mask in pieces]
             x = layer.finish(x, torch.cat(attended))
+        if self.shift:  # the last token of a prompt sees all of it
+            whole = [(q_i[None, :, -1:], p) for q_i, p in zip(q, prefixes, strict=True) if p.length]
+            attended = torch.cat([layer.attend(q_i, p.keys[i][None], p.values[i][None], None) for q_i, p in whole])
+            ends = torch.tensor([size for size in sizes if size], device=x.device).cumsum(0) - 1
+            logits = self.head(self.norm(layer.finish(x[ends], attended)))
+            for (_, prefix), line in zip(whole, logits, strict=True):
+                prefix.logits = line
         return prefixes
 
-    def step(self, units, cache: SlotCache) -> torch.Tensor:
-        """Logits `(n, V)` of the tokens in `units.read`."""
+    def step(self, units, cache: SlotCache | None) -> torch.Tensor:
+        """Logits `(n, V)` of the tokens in `units.read`. Without a cache, units are whole rows."""
         count, width = units.ids.shape
         x, cos, sin = self._embed(units.ids.view(-1), units.positions.view(-1))
         index = (units.slots[:, None], slice(None), units.positions)
         keys = torch.arange(units.length, device=x.device)
         mask = torch.where(keys < units.visible[:, None], 0.0, -torch.inf).to(x.dtype)[:, None, None]  # (U, 1, 1, K)
-        spans = []  # per span: its units, what of the cache they see, the mask where they do not all see as much
-        for first, last, longest, ragged in units.spans:
+        spans = []  # per span: its units, what of the keys they see, the mask where they do not all see as much
+        for first, last, longest, ragged, slot in units.spans:
             own = slice(first, last)
-            row = own if last <= units.rows else units.slots[own]
+            row = own if cache is None else units.slots[own] if slot is None else slice(slot, slot + last - first)
             spans.append((own, (row, slice(None), slice(longest)), mask[own, ..., :longest] if ragged else None))
         for i, layer in enumerate(self.layers):
             q, k, v = layer.project(x, cos, sin)
-            stored_keys, stored_values = cache.keys[i], cache.values[i]
-            stored_keys[index] = k.view(count, width, *k.shape[1:])
-            stored_values[index] = v.view(count, width, *v.shape[1:])
-            q = q.view(count, width, *q.shape[1:]).transpose(1, 2)  # (U, heads, W, d)
-            final = i == len(self.layers) - 1  # after the last keys and values, committed blocks are done
+            k, v = k.view(count, width, *k.shape[1:]), v.view(count, width, *v.shape[1:])
+            if cache is None:
+                stored_keys, stored_values = k.transpose(1, 2), v.transpose(1, 2)
+            else:
+                stored_keys, stored_values = cache.keys[i], cache.values[i]
+                stored_keys[index], stored_values[index] = k, v
+            final = i == len(self.layers) - 1  # after the last keys and values, only what may be read goes on
             here = [span for span in spans if not final or span[0].stop <= units.rows]
+            if final and units.carried is not None:
+                carried = units.carried.view(-1)
+                q, x = q[carried], x[carried]
+            q = q.view(count, -1, *q.shape[1:]).transpose(1, 2)  # (U, heads, W, d)
             attended = [layer.attend(q[own], stored_keys[seen], stored_values[seen], m) for own, seen, m in here]
             attended = torch.cat(attended) if len(attended) > 1 else attended[0]
             x = layer.finish(x[units.read], attended[units.read]) if final else layer.finish(x, attended)

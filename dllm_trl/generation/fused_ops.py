@@ -1,4 +1,4 @@
-"""The two building blocks of the fused decode forward: a matrix product with what follows it, and a norm."""
+"""What the fused decode forward is built of: a matrix product with what follows it, a norm, a decoder layer."""
 
 import torch
 import torch.nn.functional as F
@@ -46,3 +46,53 @@ class Norm:
             return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x / torch.hypot(length, self.root) * self.scaled
+
+
+class Layer:
+    """A decoder layer of known arithmetic: normed and rotated projections, attention, and what comes after it."""
+
+    def __init__(self, layer: nn.Module):
+        attention, self.mlp = layer.self_attn, layer.mlp
+        self.input_norm, self.output_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.qkv = Matrix(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = Matrix(attention.o_proj)
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.heads = attention.q_proj.out_features // self.head_dim
+        self.kv_heads = attention.k_proj.out_features // self.head_dim
+        self.head_norm = None
+        if hasattr(attention, "q_norm"):
+            weights = [attention.q_norm.weight] * self.heads + [attention.k_norm.weight] * self.kv_heads
+            self.head_norm = Norm(attention.q_norm, torch.stack(weights))  # (heads + kv_heads, head_dim)
+        self.dense = hasattr(self.mlp, "gate_proj")
+        if self.dense:
+            self.gate, self.up, self.down = (
+                Matrix(getattr(self.mlp, f"{name}_proj")) for name in ("gate", "up", "down")
+            )
+
+    def project(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+        """Normed and rotated queries `(T, heads, d)` and keys, and values `(T, kv_heads, d)`."""
+        qkv = self.qkv(self.input_norm(x)).view(x.size(0), -1, self.head_dim)
+        qk, v = torch.split_with_sizes(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=1)
+        if self.head_norm is not None:
+            qk = self.head_norm(qk)
+        # rotate_half(x) * sin = roll(x, d / 2) * signed sin
+        rolled = qk.roll(self.head_dim // 2, dims=-1).to(sin.dtype)
+        qk = torch.addcmul(qk * cos, rolled, sin).to(v.dtype)
+        return *torch.split_with_sizes(qk, [self.heads, self.kv_heads], dim=1), v
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """`(B, heads, Q, d)` over `(B, kv_heads, K, d)` to `(B * Q, heads * d)`: the heads of a group are queries of
+        one head, which needs no repeated keys."""
+        batch, heads, queries, dim = q.shape
+        q = q.reshape(batch, self.kv_heads, -1, dim)
+        if mask is not None and mask.dim() == 2:  # (Q, K), another line for each query
+            mask = mask.repeat(heads // self.kv_heads, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)
+        return out.view(batch, heads, queries, dim).transpose(1, 2).reshape(batch * queries, heads * dim)
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = self.out(attended, add=x)
+        hidden = self.output_norm(x)
+        if self.dense:
+            return self.down(self.up(hidden, mul=self.gate(hidden, silu=True)), add=x)
+        return x + self.mlp(hidden[None])[0]

@@ -20,8 +20,9 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStrin
 from transformers.utils import ModelOutput
 
 from ..types import DiffusionRollout
-from .configuration import DiffusionGenerationConfig, reject_renamed
-from .engine import DecodingPlan, decode
+from .configuration import ALGORITHMS, DiffusionGenerationConfig, reject_renamed
+from .decoder import DecodingPlan
+from .engine import decode
 from .samplers import SAMPLERS
 
 
@@ -34,7 +35,8 @@ class DiffusionGenerateOutput(ModelOutput):
         sequences (`torch.LongTensor` of shape `(B, P+R)`):
             Prompt and response, padded with `pad_token_id` after EOS.
         canvas_ids (`torch.LongTensor` of shape `(B, R)`):
-            The row's context, also what was committed after EOS in EOS's block; `pad_token_id` elsewhere.
+            The row's context, also what was committed after EOS in EOS's block and, with full attention, mask tokens
+            that were never decoded; `pad_token_id` elsewhere.
         canvas_mask (`torch.LongTensor` of shape `(B, R)`):
             1 where the position existed for the row.
         step_map (`torch.LongTensor` of shape `(B, R)`):
@@ -57,18 +59,32 @@ class DiffusionGenerateOutput(ModelOutput):
     tokens_per_forward: float | None = None
 
 
-def _quotas(config: DiffusionGenerationConfig) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    width, steps = config.block_length, config.denoising_steps
-    if config.denoising_schedule == "even":
-        return lambda step, masked: np.where(step < steps, width // steps + (step < width % steps), masked)
-    times = np.linspace(1, 1e-3, steps + 1)
+def _quotas(config: DiffusionGenerationConfig) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    eps = getattr(config, "eps", 1e-3)  # in Dream's published files
 
-    def dream(step: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    def even(step: np.ndarray, masked: np.ndarray, width: np.ndarray) -> np.ndarray:
+        steps = config.denoising_steps or width
+        return np.where(step < steps, width // steps + (step < width % steps), masked)
+
+    def dream(step: np.ndarray, masked: np.ndarray, width: np.ndarray) -> np.ndarray:
+        steps = config.denoising_steps or width
         step = np.minimum(step, steps - 1)
-        share = 1 - times[step + 1] / times[step]
-        return np.where(step == steps - 1, masked, (masked * share).astype(np.int64))
+        earlier, later = (1 - (1 - eps) * at / steps for at in (step, step + 1))
+        return np.where(step == steps - 1, masked, (masked * (1 - later / earlier)).astype(np.int64))
 
-    return dream
+    return even if config.denoising_schedule == "even" else dream
+
+
+def _translated(values: dict[str, Any]) -> dict[str, Any]:
+    """The strategy that Dream's published generation_config.json names, under our name."""
+    if "alg" not in values or "remasking_strategy" in values:
+        return values
+    if values["alg"] not in ALGORITHMS:
+        raise ValueError(
+            f"`alg` in generation_config.json must be one of {sorted(ALGORITHMS)}, but is {values['alg']!r}; set "
+            "`remasking_strategy`, which wins."
+        )
+    return values | {"remasking_strategy": ALGORITHMS[values["alg"]]}
 
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
@@ -132,11 +148,18 @@ class DiffusionGenerationMixin(GenerationMixin):
         config = DiffusionGenerationConfig()
         unknown = {key: value for key, value in kwargs.items() if not hasattr(config, key)}
         given = {key: value for key, value in kwargs.items() if key not in unknown}
+        full = self.config.diffusion_attention == "full"
         sources = [
             _settings(given),
             _settings(vars(generation_config or config)),
             _settings(vars(self.generation_config)),
+            _settings(self.config.generation_defaults),
         ]
+        if full:
+            named = "remasking_strategy" in sources[0] | sources[1]
+            sources = [source if named else _translated(source) for source in sources]
+        # Ids that the family never samples, unless the caller says which ones
+        never = [] if "suppress_tokens" in sources[0] | sources[1] else self.config.suppressed_token_ids
         # An explicit temperature without `do_sample` samples: the highest of the sources that names either one decides
         decisive = next((source for source in sources if source.keys() & {"do_sample", "temperature"}), {})
         do_sample = decisive.get("do_sample", decisive.get("temperature", 0) > 0)
@@ -149,8 +172,16 @@ class DiffusionGenerationMixin(GenerationMixin):
                 unset.pop(key, None)
             for key, value in unset.items():
                 setattr(config, key, value)
+        config.suppress_tokens = sorted({*_ids(config.suppress_tokens), *never}) or config.suppress_tokens
         if config.block_length is None:
             config.block_length = self.config.block_size
+        steps = next((source for source in sources if source.keys() & {"denoising_steps", "steps"}), {})
+        if full and "denoising_steps" not in steps and "steps" in steps:
+            # Dream's published total. A block of n tokens has at most n steps that commit something
+            length = config.max_new_tokens or config.max_length
+            width = min(config.block_length or length, length)
+            per_block = -(-steps["steps"] // -(-length // width))
+            config.denoising_steps = per_block if per_block < width else None
         if config.denoising_steps is None:
             config.denoising_steps = config.block_length
         if config.mask_token_id is None:
@@ -161,11 +192,22 @@ class DiffusionGenerationMixin(GenerationMixin):
         if config.pad_token_id is None:
             eos = [token for token in _ids(config.eos_token_id) if token >= 0]
             config.pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else (eos or [0])[0]
-        if config.cache not in (None, "exact"):
+        if full and config.cache == "exact":
+            raise ValueError(
+                f'`cache="exact"` is for block families: with full attention every new token changes the keys of all. '
+                f'{type(self).__name__} takes "none", "prefix" or "dual".'
+            )
+        if not full and config.cache not in (None, "exact"):
             raise ValueError(
                 f"`cache={config.cache!r}` is for full-attention families. {type(self).__name__} decodes block by "
                 "block with an exact cache; leave `cache` unset."
             )
+        if not full and config.cfg_scale:
+            raise ValueError(
+                f"`cfg_scale` is for full-attention families; {type(self).__name__} caches its prompt. Leave "
+                "`cfg_scale` unset."
+            )
+        config.cache = config.cache or ("none" if full else "exact")
         config.validate()
         return config, unknown
 
@@ -201,7 +243,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         seed = config.seed
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        suppressed = sorted({config.mask_token_id, *_ids(config.suppress_tokens)})
+        eos_token_ids = [token for token in _ids(config.eos_token_id) if token >= 0]
+        suppressed = {config.mask_token_id, *_ids(config.suppress_tokens)}
         strategy = config.remasking_strategy
         return DecodingPlan(
             block_length=config.block_length,
@@ -213,10 +256,15 @@ class DiffusionGenerationMixin(GenerationMixin):
             warpers=warpers,
             processors=processors,
             stopping=(lambda ids: bool(criteria(ids, None).all())) if criteria else None,
-            suppressed=torch.tensor(suppressed, device=device),
+            suppressed=torch.tensor(sorted(suppressed), device=device),
+            suppress_eos=config.suppress_eos,
+            alg_temp=config.alg_temp,
+            cfg_scale=config.cfg_scale,
+            cache=config.cache,
+            refresh_interval=config.refresh_interval,
             mask_token_id=config.mask_token_id,
             pad_token_id=config.pad_token_id,
-            eos_token_ids=np.array(_ids(config.eos_token_id), dtype=np.int64),
+            eos_token_ids=np.array(eos_token_ids, dtype=np.int64),
             seed=seed,
         )
 
@@ -233,7 +281,8 @@ class DiffusionGenerationMixin(GenerationMixin):
     ) -> torch.LongTensor | DiffusionGenerateOutput:
         r"""
         Generates responses by block diffusion: blocks of `block_length` tokens left to right, each denoised in at most
-        `denoising_steps` forwards, with an exact key/value cache. See [`Decoder`] for the loop.
+        `denoising_steps` forwards. Block families keep an exact key/value cache; full attention computes the whole
+        row in every step, or takes an approximate `cache`. See [`Decoder`] for the loop.
 
         Args:
             inputs or input_ids (`torch.LongTensor` of shape `(B, P)`):
@@ -375,7 +424,12 @@ def generate_rollouts(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, but is {value}.")
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, _ = model._resolve_generation_config(generation_config, **({} if seed is None else {"seed": seed}))
+    given = {} if seed is None else {"seed": seed}
+    if isinstance(max_new_tokens, int):
+        given["max_new_tokens"] = max_new_tokens
+    elif max_new_tokens is not None:
+        given["max_new_tokens"] = max(max_new_tokens, default=0)
+    config, _ = model._resolve_generation_config(generation_config, **given)
     if max_new_tokens is None:
         max_new_tokens = config.max_new_tokens
         if max_new_tokens is None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dllm_trl.generation import DiffusionGenerationConfig, generate_rollouts
-from dllm_trl.generation.engine import Decoder
+from dllm_trl.generation.decoder import Decoder
 from dllm_trl.generation.samplers import SAMPLERS, TokenScores
 from dllm_trl.generation.sampling import draw, mix, uniform
 
@@ -40,6 +40,13 @@ def draw_uniform(*counters):
     return torch.from_numpy(uniform(*counters, 1))
 
 
+def predictions(model, ids, start, end, block):
+    """Logits for the block's tokens: in place, or of a shifted head one token earlier."""
+    logits = model(input_ids=ids[None, :end], block_length=block).logits[0]
+    first = start - model.config.logit_shift
+    return logits[first : first + end - start] if first >= 0 else torch.cat([logits[:1], logits[: end - 1]])
+
+
 @torch.no_grad()
 def uncached(model, prompt, limit, block, steps, strategy, seed, temperature, threshold, bound):
     """Block diffusion decoding from its definition: a full forward over everything known at every step, no cache."""
@@ -55,7 +62,7 @@ def uncached(model, prompt, limit, block, steps, strategy, seed, temperature, th
             masked[: end - start] &= ids[start:end] == MASK
             if not masked.any():
                 break
-            logits = model(input_ids=ids[None, :end], block_length=block).logits[0, start:end][masked].float()
+            logits = predictions(model, ids, start, end, block)[masked].float()
             logits = logits / (temperature or 1)
             log_probs = logits.log_softmax(-1)
             allowed = log_probs.clone()

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from dllm_trl.generation.cache import SlotCache
-from dllm_trl.generation.forward import StockForward, Units, make_forward
+from dllm_trl.generation.forward import Span, StockForward, Units, make_forward
 from dllm_trl.generation.fused_forward import FusedForward
+from tests.trainers.tiny_rl import make_model
 
 from .conftest import MASK, tiny_model
 
@@ -26,7 +27,7 @@ def units(generator):
         rows=3,
         length=16,
         read=torch.tensor([2, 3, 6, 10, 11]),
-        spans=[(0, 2, 12, True), (2, 3, 16, False), (3, 4, 12, False)],
+        spans=[Span(0, 2, 12, True, 0), Span(2, 3, 16, False, 2), Span(3, 4, 12, False, None)],
     )
 
 
@@ -57,6 +58,58 @@ def test_logits_and_cache_equal_the_stock_modules(variant, dtype, tolerance):
     torch.testing.assert_close(fused / scale, stock / scale, atol=tolerance, rtol=0)
     for a, b in zip(fused_cache.keys + fused_cache.values, stock_cache.keys + stock_cache.values, strict=True):
         torch.testing.assert_close(a.float(), b.float(), atol=max(tolerance * b.abs().max().item(), 1e-5), rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["whole", "refresh", "block"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("family", ["Dream", "llada", "mmada"])
+def test_full_attention_equals_the_stock_modules(family, dtype, tolerance, kind):
+    """Whole rows without a cache and into one, and blocks in the middle of old keys; biases and float32 rotation."""
+    model = make_model(family).eval().to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+    starts = torch.tensor([0, 0] if kind != "block" else [90, 60])
+    width = 4 if kind == "block" else 100
+    carried = None if kind == "block" else torch.tensor([[92, 93, 94], [160, 161, 162]])
+    batch = Units(
+        ids=torch.randint(6, 50, (2, width), generator=generator),
+        positions=starts[:, None] + torch.arange(width),
+        slots=torch.tensor([0, 2]),
+        visible=torch.tensor([100, 70]),
+        rows=2,
+        length=100,
+        read=torch.tensor([0, 2, 4]),
+        spans=[Span(0, 2, 100, True, None)],
+        carried=carried,
+    )
+    old = [torch.randn(3, model.config.num_key_value_heads, 101, 8, generator=generator).to(dtype) for _ in range(4)]
+    results = []
+    for forward in (make_forward(model, fused=True), StockForward(model)):
+        forward.reserve(101)
+        cache = SlotCache(model.config, 3, 101, dtype, torch.device("cpu"))
+        for stored, values in zip(cache.keys + cache.values, old, strict=True):
+            stored.copy_(values)
+        with torch.no_grad():
+            results.append((forward.step(batch, None if kind == "whole" else cache).float(), cache))
+    (fused, fused_cache), (stock, stock_cache) = results
+    assert fused.shape == (3, model.config.vocab_size)
+    scale = stock.abs().max()
+    torch.testing.assert_close(fused / scale, stock / scale, atol=tolerance, rtol=0)
+    for a, b in zip(fused_cache.keys + fused_cache.values, stock_cache.keys + stock_cache.values, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), atol=max(tolerance * b.abs().max().item(), 1e-5), rtol=0)
+
+
+def test_lladas_positions_are_rotated_in_float32():
+    """In bfloat16 the tables keep float32, without which a far position is off by more than the type's rounding."""
+    model = make_model("llada").to(torch.bfloat16)
+    forward = make_forward(model, fused=True)
+    forward.reserve(101)
+    assert forward.cos.dtype == torch.float32
+    other = make_forward(make_model("Dream").to(torch.bfloat16), fused=True)
+    other.reserve(101)
+    assert other.cos.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ class TokenScores:
             Log-probabilities of all tokens.
         draw (`Callable[[], torch.FloatTensor]`):
             Uniform draws in [0, 1) for the masked positions, `(n,)`, for the strategies that need randomness.
+        alg_temp (`float`, *optional*, defaults to `0.0`):
+            Temperature of the ranking (Dream's `alg_temp`), 0 for none.
     """
 
     def __init__(
@@ -29,7 +31,9 @@ class TokenScores:
         token_log_probs: torch.Tensor,
         log_probs: torch.Tensor,
         draw: Callable[[], torch.Tensor],
+        alg_temp: float = 0.0,
     ):
+        self.alg_temp = alg_temp
         self.masked, self.token_log_probs, self.log_probs, self.draw = masked, token_log_probs, log_probs, draw
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
@@ -48,6 +52,15 @@ class TokenScores:
     def margin(self) -> torch.Tensor:
         best, second = self.log_probs.topk(2, dim=-1).values.exp().unbind(-1)
         return self._spread(best - second)
+
+    def ranked(self, score: torch.Tensor) -> torch.Tensor:
+        """
+        `score` `(B, W)` for a choice of the best ones; with `alg_temp` under Gumbel noise, so that they are a sample
+        without replacement from softmax(score / alg_temp).
+        """
+        if not self.alg_temp:
+            return score
+        return score / self.alg_temp - (-self.uniform.clamp(min=1e-12).log()).log()
 
     @cached_property
     def uniform(self) -> torch.Tensor:

@@ -1,0 +1,318 @@
+"""The decoding loop that block and full attention share: slots, sampling, commits, the end of a row."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import LogitsProcessorList
+
+from .forward import Span, make_forward
+from .samplers import TokenScores
+from .sampling import draw, uniform
+
+
+@dataclass
+class DecodingPlan:
+    r"""
+    Resolved parameters of one decoding run: every field has its final value.
+
+    Args:
+        block_length (`int`): Tokens denoised together, `W`. `None`: the whole response.
+        quotas (`Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]`):
+            `(step in the block, masked tokens, width of the block) -> tokens to commit`, per row.
+        sampler (`Callable`): Remasking strategy, see `dllm_trl.generation.samplers`.
+        confidence_threshold, entropy_bound (`float`): Parameters of the strategies.
+        temperature (`float`): 0 is greedy.
+        warpers (`LogitsProcessorList`): Filters that look at the scores only (top-k, top-p, min-p).
+        processors (`LogitsProcessorList`): Processors that look at the row's tokens.
+        stopping (`Callable[[torch.LongTensor], bool] | None`): Called with `(1, length)` at the end of a block.
+        suppressed (`torch.LongTensor`): Ids that are never sampled, the mask token among them.
+        suppress_eos (`bool`): Whether EOS has no probability at all, neither as a token nor in a confidence.
+        alg_temp (`float`): Noise in the ranking of the positions, 0 for none.
+        cfg_scale (`float`), cache (`str`), refresh_interval (`int | None`): Of full attention, see [`CanvasDecoder`].
+        mask_token_id, pad_token_id (`int`), eos_token_ids (`np.ndarray`): Special tokens.
+        seed (`int`): Seed of the run; row `i` of a prompt draws from (seed, prompt index, i).
+    """
+
+    block_length: int | None
+    quotas: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    sampler: Callable
+    confidence_threshold: float
+    entropy_bound: float
+    temperature: float
+    warpers: LogitsProcessorList
+    processors: LogitsProcessorList
+    stopping: Callable[[torch.Tensor], bool] | None
+    suppressed: torch.Tensor
+    suppress_eos: bool
+    alg_temp: float
+    cfg_scale: float
+    cache: str
+    refresh_interval: int | None
+    mask_token_id: int
+    pad_token_id: int
+    eos_token_ids: np.ndarray
+    seed: int
+
+
+@dataclass
+class Row:
+    """A response being made: its prompt, its limit, and what it committed in the blocks so far (response-relative)."""
+
+    prompt: np.ndarray
+    limit: int
+    key: np.uint64
+    prefix: bytes = b""  # names the whole blocks of the prompt
+    forwards: int = 0
+    canvas_length: int = 0
+    length: int = 0
+
+    def __post_init__(self):
+        self.ids = np.zeros(self.limit, dtype=np.int64)
+        self.steps = np.full(self.limit, -1, dtype=np.int64)
+        self.logprobs = np.zeros(self.limit, dtype=np.float32)
+
+
+def _slot_dtype(width: int) -> np.dtype:
+    return np.dtype(
+        [
+            ("start", np.int64),  # first position of the block
+            ("end", np.int64),  # positions from here on do not exist for the row
+            ("key", np.uint64),  # of the row's draws
+            ("step", np.int64),  # forwards of this block
+            ("forwards", np.int64),  # forwards of the row
+            ("commits", np.int64),  # those of them that committed something
+            ("pending", np.bool_),  # the previous block waits for its commit
+            ("previous", np.int64, (width,)),
+            ("canvas", np.int64, (width,)),
+            ("masked", np.bool_, (width,)),
+            ("steps", np.int64, (width,)),
+            ("logprobs", np.float32, (width,)),
+        ],
+        align=True,
+    )
+
+
+class Decoder(ABC):
+    r"""
+    One step after the other over the rows in flight, each of which holds one block:
+
+    1. **Fill.** Free slots take the next rows.
+    2. **Forward.** What it computes is the subclass's business ([`BlockDecoder`], [`CanvasDecoder`]): logits of masked
+       positions.
+    3. **Sample** a token at every one of them, from a generator keyed by (seed, position, step).
+    4. **Commit** what the remasking strategy picks; the others stay masked.
+    5. **Advance** rows whose block is full: end at EOS, at the row's limit or where a stopping criterion says so, else
+       move on to the next block. Freed slots are filled again in 1.
+
+    Args:
+        model (`nn.Module`): A diffusion language model.
+        plan ([`DecodingPlan`]): Resolved parameters.
+        fused (`bool`, *optional*): Forces the fused or the stock forward.
+        streamer (`BaseStreamer`, *optional*): For one row: receives finished tokens and, if it can, draft canvases.
+    """
+
+    def __init__(self, model, plan: DecodingPlan, fused: bool | None = None, streamer=None):
+        self.model, self.plan, self.streamer = model, plan, streamer
+        self.forward = make_forward(model, fused)
+        self.device = model.get_input_embeddings().weight.device
+
+    def run(self, rows: list[Row], num_slots: int) -> None:
+        """Decodes `rows`, in place."""
+        self.width = self._width(rows)
+        count = min(num_slots, len(rows))
+        self.slots = np.zeros(count, dtype=_slot_dtype(self.width))
+        self.rows: list[Row] = []  # in flight: the row of slot 0, 1, ...
+        self._reserve(rows, count)
+        waiting = list(reversed(rows))
+        while waiting or self.rows:
+            if waiting and len(self.rows) < count:
+                taken = [waiting.pop() for _ in range(min(count - len(self.rows), len(waiting)))]
+                taken.sort(key=lambda row: len(row.prompt))  # neighbours see about as many keys
+                self._fill(taken)
+            self._step()
+
+    def _width(self, rows: list[Row]) -> int:
+        """Positions that a slot holds at a time: those of the widest block."""
+        return self.plan.block_length
+
+    @abstractmethod
+    def _reserve(self, rows: list[Row], count: int) -> None:
+        """Memory for `count` slots, each of which takes any of `rows`."""
+
+    @abstractmethod
+    def _fill(self, taken: list[Row]) -> None:
+        """Gives each row of `taken` a slot of its own."""
+
+    def _candidates(self, slots: np.ndarray) -> np.ndarray:
+        """Masked positions `(A, W)` whose token the next forward predicts."""
+        return slots["masked"]
+
+    def _block_widths(self, slots: np.ndarray) -> np.ndarray | int:
+        """Width of the block, of which the schedule takes its share."""
+        return self.plan.block_length
+
+    @abstractmethod
+    def _logits(self, slots: np.ndarray, read: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        One forward: logits `(n, V)` for `read` `(n,)`, positions of the slots' blocks laid end to end (`slot * W +
+        column`), and, where these are guided, the ones a trainer computes.
+        """
+
+    def _begin(self, row: Row) -> int:
+        """The next free slot, now `row`'s."""
+        slot = len(self.rows)
+        self.rows.append(row)
+        self.slots[slot] = np.zeros((), dtype=self.slots.dtype)
+        self.slots["key"][slot], self.slots["end"][slot] = row.key, len(row.prompt) + row.limit
+        return slot
+
+    def _open(self, slot: int, start: int, known: np.ndarray) -> None:
+        """A new block at `start` whose head `known` is revealed."""
+        block = self.slots[slot]
+        block["start"], block["step"], block["steps"] = start, 0, -1
+        block["canvas"] = self.plan.mask_token_id
+        block["canvas"][: len(known)] = known
+        block["masked"] = False
+        block["masked"][len(known) : block["end"] - start] = True
+
+    def _step(self) -> None:
+        plan, width, slots = self.plan, self.width, self.slots[: len(self.rows)]
+        start, masked, candidates = slots["start"], slots["masked"], self._candidates(slots)
+        read = candidates.reshape(-1).nonzero()[0]
+        logits, conditional = self._logits(slots, read)
+
+        row_of = read // width
+        positions = start[row_of] + read % width
+        tokens, log_probs, scores = self._sample(logits, conditional, slots, candidates, row_of, positions)
+        quota = self._quotas(slots, candidates)
+        commit = plan.sampler(
+            scores,
+            scores.masked,
+            self._tensor(quota),
+            confidence_threshold=plan.confidence_threshold,
+            entropy_bound=plan.entropy_bound,
+        )
+        commit = commit.cpu().numpy()  # (A, W)
+        chosen = commit[candidates]
+        slots["canvas"][commit] = tokens[chosen]
+        slots["logprobs"][commit] = log_probs[chosen]
+        slots["steps"][commit] = np.repeat(slots["commits"], commit.sum(-1))
+        masked &= ~commit
+        slots["step"] += 1
+        slots["forwards"] += 1
+        slots["commits"] += commit.any(-1)
+        if self.streamer is not None and hasattr(self.streamer, "put_draft"):
+            draft = slice(max(len(self.rows[0].prompt) - start[0], 0), slots["end"][0] - start[0])
+            self.streamer.put_draft(torch.tensor(slots["canvas"][:, draft]))
+        # From the last slot to the first, so that closing one leaves the smaller slots where they are
+        for slot in (~masked.any(-1)).nonzero()[0][::-1].tolist():
+            self._advance(slot)
+
+    def _quotas(self, slots: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        return self.plan.quotas(slots["step"], candidates.sum(-1), self._block_widths(slots))
+
+    def _spans(self, visible: np.ndarray, slots: np.ndarray, offset: int = 0) -> list[Span]:
+        # On CPU few rows at a time see only as many keys as they need; elsewhere one launch for all is better
+        size = 8 if self.device.type == "cpu" else len(visible)
+        spans = []
+        for first in range(0, len(visible), size):
+            seen, lines = visible[first : first + size], slots[first : first + size]
+            longest, count = int(seen.max()), len(seen)
+            slot = int(lines[0]) if lines[-1] - lines[0] == count - 1 else None  # slots are in order
+            spans.append(Span(offset + first, offset + first + count, longest, bool(seen.min() < longest), slot))
+        return spans
+
+    def _sample(self, logits, conditional, slots, candidates, row_of, positions):
+        """A token for each position of `logits`, its log-probability, and the scores for the strategy."""
+        plan = self.plan
+        if plan.suppress_eos:
+            conditional = logits if conditional is None else conditional
+            logits = logits.index_fill(-1, self._tensor(plan.eos_token_ids[plan.eos_token_ids >= 0]), -torch.inf)
+        if plan.temperature not in (0, 1):
+            logits = logits / plan.temperature
+        every = logits.log_softmax(-1)
+        allowed = every.index_fill(-1, plan.suppressed, -torch.inf)
+        if plan.processors:
+            allowed = self._process(logits.index_fill(-1, plan.suppressed, -torch.inf), row_of)
+        counters = slots["key"][row_of], positions, slots["step"][row_of]
+        if plan.temperature > 0:
+            if plan.warpers:
+                allowed = plan.warpers(None, allowed)
+            tokens = draw(allowed, self._tensor(uniform(*counters, 0)))
+        else:
+            tokens = allowed.argmax(-1)
+        log_probs = recorded = every.gather(-1, tokens[:, None]).squeeze(-1)
+        if conditional is not None:
+            conditional = conditional / (plan.temperature or 1)
+            recorded = conditional.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        masked = self._tensor(candidates)
+        scores = TokenScores(masked, log_probs, every, lambda: self._tensor(uniform(*counters, 1)), plan.alg_temp)
+        return tokens.cpu().numpy(), recorded.cpu().numpy(), scores
+
+    def _process(self, logits: torch.Tensor, row_of: np.ndarray) -> torch.Tensor:
+        """Logits processors, row by row: each sees the row's prompt and committed tokens once per masked position."""
+        pieces = []
+        for slot, scores in enumerate(logits.split(np.bincount(row_of, minlength=len(self.rows)).tolist())):
+            self._store(slot)
+            pieces.append(self.plan.processors(self._context(slot).expand(len(scores), -1), scores))
+        return torch.cat(pieces)
+
+    def _context(self, slot: int) -> torch.Tensor:
+        """Prompt and committed tokens of a row, `(1, length)`."""
+        row = self.rows[slot]
+        return self._tensor(np.concatenate([row.prompt, row.ids[row.steps >= 0]])[None])
+
+    def _store(self, slot: int) -> tuple[int, int]:
+        """Copies what a block committed to its row; returns where the block lies in the response."""
+        row, block = self.rows[slot], self.slots[slot]
+        shift = int(block["start"]) - len(row.prompt)
+        first, last = max(shift, 0), min(shift + self.width, row.limit)
+        own = slice(first - shift, last - shift)
+        row.ids[first:last], row.steps[first:last] = block["canvas"][own], block["steps"][own]
+        row.logprobs[first:last] = block["logprobs"][own]
+        return first, last
+
+    def _advance(self, slot: int) -> None:
+        """The block of `slot` is full: end the row or open its next block."""
+        row = self.rows[slot]
+        first, last = self._store(slot)
+        row.canvas_length = row.length = last
+        ends = (row.ids[first:last, None] == self.plan.eos_token_ids).any(-1).nonzero()[0]
+        if len(ends):
+            row.length = first + int(ends[0]) + 1
+        if self.streamer is not None:
+            self.streamer.put(torch.from_numpy(row.ids[first : row.length][None]))
+        stopped = self.plan.stopping is not None and self.plan.stopping(self._context(slot))
+        if len(ends) or last == row.limit or stopped:
+            self._close(slot)
+        else:
+            self._next(slot)
+
+    def _next(self, slot: int) -> None:
+        """Opens the block after the one that is full."""
+        self._open(slot, int(self.slots["start"][slot]) + self.width, np.zeros(0, dtype=np.int64))
+
+    def _close(self, slot: int) -> None:
+        """Frees a slot; the last row in flight moves there, so that rows in flight are slots 0, 1, ..."""
+        row, last = self.rows[slot], len(self.rows) - 1
+        row.forwards = int(self.slots["forwards"][slot])
+        if slot != last:
+            self._move(last, slot)
+            self.slots[slot], self.rows[slot] = self.slots[last], self.rows[last]
+        self.rows.pop()
+
+    @abstractmethod
+    def _move(self, source: int, target: int) -> None:
+        """What a slot holds in memory of the subclass goes to another one."""
+
+    def _dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
+        kind = self.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if autocast else self.model.get_input_embeddings().weight.dtype
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
