@@ -3,26 +3,53 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
+from types import FunctionType
+
+
+def load_class(path: str) -> type:
+    """The class of a path `"module:Class"`."""
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class _LazyClasses(dict):
     """`{name: class or "module:Class"}` that imports a class the first time it is asked for."""
 
+    namesakes: dict[str, dict[str, str]] = {}
+
     def __getitem__(self, key):
         value = super().__getitem__(key)
+        if isinstance(value, str) and key in self.namesakes:
+            return _dispatcher(value, self.namesakes[key])
         if isinstance(value, str):
-            module, name = value.split(":")
-            value = self[key] = getattr(importlib.import_module(module), name)
+            value = self[key] = load_class(value)
         return value
 
     def values(self):
-        return [self[key] for key in self]
+        return [value for _, value in self.items()]
 
     def items(self):
-        return [(key, self[key]) for key in self]
+        return [(key, load_class(value) if isinstance(value, str) else value) for key, value in super().items()]
 
 
-def register_lazy_configs(families: dict[str, str]) -> None:
+def _dispatcher(path: str, namesakes: dict[str, str]) -> type:
+    """Stands for the config class at `path` until `architectures` says whether it is that one or a namesake."""
+
+    class Dispatcher:
+        def __new__(cls, *args, **kwargs):
+            return load_class(path)(*args, **kwargs)
+
+        @staticmethod
+        def from_dict(config_dict, **kwargs):
+            architectures = config_dict.get("architectures") or []
+            paths = [namesakes[name] for name in architectures if name in namesakes]
+            return load_class(paths[0] if paths else path).from_dict(config_dict, **kwargs)
+
+    return Dispatcher
+
+
+def register_lazy_configs(families: dict[str, str], namesakes: dict[str, dict[str, str]]) -> None:
     """
     Teach `AutoConfig` model types without importing their modules.
 
@@ -33,20 +60,54 @@ def register_lazy_configs(families: dict[str, str]) -> None:
     Args:
         families (`dict[str, str]`):
             Model type -> `"module:ConfigClass"`.
+        namesakes (`dict[str, dict[str, str]]`):
+            Model type -> entry of `architectures` -> `"module:ConfigClass"`, of other families with that model type.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     CONFIG_MAPPING._extra_content = _LazyClasses({**CONFIG_MAPPING._extra_content, **families})
+    CONFIG_MAPPING._extra_content.namesakes = namesakes
 
 
-def copy_weight_conversions(model_type: str, like: str) -> None:
-    """Load and save `model_type`'s weights with the renamings and stackings that transformers has for `like`."""
+def register_weight_names(
+    model_type: str, names: dict[str, str], like: str | None = None, split: dict[str, list[str]] | None = None
+) -> None:
+    """
+    Load and save `model_type`'s weights under other names than those in memory.
+
+    Args:
+        model_type (`str`):
+            Model type in the published config.json, or the name of a model class, which wins over the model type.
+        names (`dict[str, str]`):
+            Regular expression of the published name, with at most one group -> name in memory, with `\\1` for it.
+        like (`str`, *optional*):
+            Model type whose conversions in transformers apply, too.
+        split (`dict[str, list[str]]`, *optional*):
+            Module whose weight is stored in one piece, under its renamed name -> the modules that share it in memory,
+            in this order.
+    """
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
+    from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
-    register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping(like), overwrite=True)
+    conversions = [WeightRenaming(published, ours) for published, ours in names.items()]
+    for fused, parts in (split or {}).items():
+        # The weight and the bias, where there is one
+        for kind in ("weight", "bias"):
+            targets = [f"{part}.{kind}" for part in parts]
+            conversions.append(WeightConverter(f"{fused}.{kind}", targets, operations=[Split(dim=0)]))
+    if like is not None:
+        conversions += get_checkpoint_conversion_mapping(like)
+    register_checkpoint_conversion_mapping(model_type, conversions, overwrite=True)
+
+
+def rebound(function: Callable, **names) -> Callable:
+    """`function` over again, with other objects behind some of the global names that its body uses."""
+    again = FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__)
+    again.__defaults__, again.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return again
 
 
 def register_lora_targets(model_type: str, target_modules: list[str]) -> None:

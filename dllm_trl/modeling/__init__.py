@@ -7,6 +7,16 @@ from dllm_trl._compat import register_lazy_configs
 FAMILIES = {
     "sdar": "dllm_trl.modeling.sdar:SDARConfig",
     "sdar_moe": "dllm_trl.modeling.sdar:SDARMoeConfig",
+    "Dream": "dllm_trl.modeling.dream:DreamConfig",
+    "llada": "dllm_trl.modeling.llada:LLaDAConfig",
+    "mmada": "dllm_trl.modeling.mmada:MMadaConfig",
+    "Fast_dLLM_Qwen": "dllm_trl.modeling.fast_dllm:Fast_dLLM_QwenConfig",
+    "llada2_moe": "dllm_trl.modeling.llada2:LLaDA2MoeConfig",
+}
+# Families that share the model type of another one: what their config.json has in `architectures` -> config class.
+NAMESAKES = {
+    "Dream": {"DreamForCausalLM": "dllm_trl.modeling.dream_reasoner:DreamReasonerConfig"},
+    "llada": {"LLaDAMoEModelLM": "dllm_trl.modeling.llada_moe:LLaDAMoEConfig"},
 }
 
-register_lazy_configs(FAMILIES)
+register_lazy_configs(FAMILIES, NAMESAKES)

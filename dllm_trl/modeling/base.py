@@ -1,22 +1,28 @@
 """What every family shares: the config, the backbone that knows the family's attention, the model with its head."""
 
 import copy
+from collections.abc import Iterable
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import is_flash_attention_requested
 
-from dllm_trl._compat import register_lora_targets
+from dllm_trl._compat import load_class, register_lora_targets
 from dllm_trl.generation import DiffusionGenerationMixin
-from dllm_trl.modeling import FAMILIES
+from dllm_trl.modeling import FAMILIES, NAMESAKES
 from dllm_trl.modeling.masks import SDPA_PLAN, adapt_mask, block_causal_mask, pad_free_positions
+from dllm_trl.modeling.packing import ChunkedPlan
 from dllm_trl.modeling.recompute import LARGE, keep_products
 
 
-# Model type -> names its published config.json may have in `architectures`.
-ARCHITECTURES: dict[str, list[str]] = {}
+# Config class -> names its published config.json may have in `architectures`.
+ARCHITECTURES: dict[type[PreTrainedConfig], list[str]] = {}
 
 
 def register_family(
@@ -33,10 +39,11 @@ def register_family(
         causal_lm (`type[PreTrainedModel]`):
             Model with its head, which `AutoModelForCausalLM` gives.
     """
-    AutoConfig.register(config_class.model_type, config_class)
+    if FAMILIES[config_class.model_type].endswith(f":{config_class.__name__}"):
+        AutoConfig.register(config_class.model_type, config_class)
     AutoModel.register(config_class, auto_model)
     AutoModelForCausalLM.register(config_class, causal_lm)
-    ARCHITECTURES[config_class.model_type] = sorted({auto_model.__name__, causal_lm.__name__})
+    ARCHITECTURES[config_class] = sorted({auto_model.__name__, causal_lm.__name__})
 
 
 def check_diffusion_model(model: torch.nn.Module) -> None:
@@ -66,24 +73,40 @@ class DiffusionConfigMixin:
 
     diffusion_attention: ClassVar[Literal["block", "full"]] = "block"
     logit_shift: ClassVar[int] = 0  # 1: position i - 1 predicts token i
+    generation_defaults: ClassVar[dict[str, Any]] = {}  # how the family decodes where nobody says otherwise
+    block_size = None
+    suppressed_token_ids: ClassVar[Iterable[int]] = ()  # never sampled
     auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it from every config
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         # transformers' own table of published names: read under the left name, stored under the right one.
         cls.attribute_map = {"torch_dtype": "dtype", **cls.attribute_map}
+        if cls.diffusion_attention == "full":
+            cls.is_causal = False  # transformers then makes masks of padding only
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = copy.deepcopy(config_dict)
-        known, given = ARCHITECTURES.get(cls.model_type), config_dict.get("architectures")
+        known, given = ARCHITECTURES.get(cls), config_dict.get("architectures")
         if known and given and not set(given) & set(known):
+            namesakes = NAMESAKES.get(cls.model_type, {})
+            for name in given:
+                if name in namesakes:
+                    return load_class(namesakes[name]).from_dict(config_dict, **kwargs)
             raise ValueError(
-                f"`architectures` {given} of model type `{cls.model_type}` is unknown. Known: {', '.join(known)}."
+                f"`architectures` {given} of model type `{cls.model_type}` is unknown. Known: "
+                f"{', '.join([*known, *namesakes])}."
             )
         # Published files select FlexAttention here. Whoever loads the model selects, so it is only kept for saving.
         config_dict["published_attn_implementation"] = config_dict.pop("attn_implementation", None)
         return super().from_dict(config_dict, **kwargs)
+
+    def __post_init__(self, **kwargs):
+        # Under the right name before the stock class derives others from them
+        for published in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, published, kwargs.pop(published))
+        super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT reads a config like this right before it looks for default target modules.
@@ -93,6 +116,8 @@ class DiffusionConfigMixin:
         # transformers 4 knows only these names, and takes theta 10000 where it does not find its own.
         rope = dict(output.pop("rope_parameters"))
         output["rope_theta"] = rope.pop("rope_theta")
+        if "partial_rotary_factor" in rope:
+            output["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
         output["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         for published, stored in self.attribute_map.items():
             output[published] = output.pop(stored)
@@ -154,12 +179,14 @@ class DiffusionBackboneMixin(_ImplementationMixin):
                 Whether to return a cache.
             block_length (`int`, *optional*):
                 Tokens per block, in place of the config's `block_size`.
-            plan ([`AttentionPlan`], *optional*):
+            plan ([`AttentionPlan`] or [`ChunkedPlan`], *optional*):
                 Who attends to whom in a packed sequence; replaces `attention_mask`.
             score_index (`torch.LongTensor` of shape `(n,)`, *optional*):
                 Positions among the `B * S` tokens whose hidden states are wanted. `last_hidden_state` becomes `(1, n,
                 H)`, so that a head projects only those.
         """
+        if isinstance(plan, ChunkedPlan):
+            return self._forward_chunks(plan, input_ids, position_ids, score_index, use_cache=False, **kwargs)
         if inputs_embeds is None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None
         length, past = inputs_embeds.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -203,6 +230,32 @@ class DiffusionBackboneMixin(_ImplementationMixin):
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[score_index][None]
         return outputs
 
+    def _forward_chunks(self, plan, input_ids, position_ids, score_index, **kwargs):
+        """Chunk after chunk. If there are several, each keeps nothing for the backward pass but its input."""
+        pieces = input_ids.split(plan.tokens, dim=1), position_ids.split(plan.tokens, dim=1)
+        starts = accumulate(plan.tokens[:-1], initial=0)
+        outputs = []
+        for ids, positions, read, start, part in zip(
+            *pieces, score_index.split(plan.reads), starts, plan.plans, strict=True
+        ):
+
+            def run(_, arguments=(ids, None, positions), plan=part, read=read - start):
+                output = self.forward(*arguments, plan=plan, score_index=read, **kwargs)
+                return output.last_hidden_state, *(getattr(output, "router_logits", None) or ())
+
+            if torch.is_grad_enabled() and len(plan.plans) > 1:
+                # The reentrant kind leaves not even the nodes of a graph behind, but fires the hooks of a parameter
+                # once per chunk, which those that average gradients over processes do not expect
+                anchor = torch.zeros(1, requires_grad=True)
+                outputs.append(checkpoint(run, anchor, use_reentrant=not torch.distributed.is_initialized()))
+            else:
+                outputs.append(run(None))
+        hidden, *routers = zip(*outputs, strict=True)
+        result = MoeModelOutputWithPast(last_hidden_state=torch.cat(hidden, dim=1))
+        if routers:
+            result.router_logits = tuple(torch.cat(layer) for layer in routers)
+        return result
+
     def _mask(self, inputs_embeds, attention_mask, position_ids, past_key_values, block_length, plan, is_causal):
         """The mask in the form that the stock decoder hands on to its layers."""
         implementation, dtype, batch_size = self.config._attn_implementation, inputs_embeds.dtype, len(inputs_embeds)
@@ -225,13 +278,32 @@ class DiffusionBackboneMixin(_ImplementationMixin):
             return attention_mask
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
             return adapt_mask(attention_mask, implementation, dtype, batch_size)
-        if prepared or self.config.diffusion_attention == "full":
+        if prepared:
             return attention_mask
+        if self.config.diffusion_attention == "full":
+            return self._full_mask(inputs_embeds, attention_mask, position_ids, past_key_values, is_causal)
         if block_length is None:
             block_length = self.config.block_size
         return block_causal_mask(
             self.config, inputs_embeds, attention_mask, position_ids, past_key_values, block_length
         )
+
+    def _full_mask(self, inputs_embeds, attention_mask, position_ids, past_key_values, is_causal):
+        """Everybody sees everybody: the stock decoder's own mask, but for packed documents and causal training."""
+        sequences = None
+        if attention_mask is None and past_key_values is None:
+            sequences = find_packed_sequence_indices(position_ids)
+        if sequences is None and not is_causal:
+            return attention_mask
+        batch, length = inputs_embeds.shape[:2]
+        mask = inputs_embeds.new_ones(batch, 1, length, length, dtype=torch.bool)
+        if is_causal:
+            mask = mask.tril()
+        if sequences is not None:
+            mask = mask & (sequences[:, None, :, None] == sequences[:, None, None, :])
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()[:, None, None, :]
+        return adapt_mask(mask, self.config._attn_implementation, inputs_embeds.dtype, batch)
 
 
 class DiffusionCausalLMMixin(_ImplementationMixin, DiffusionGenerationMixin):

@@ -1,11 +1,12 @@
 """Packs all rounds of a micro-batch into one flat sequence: clean tokens once, a noisy copy per scored block."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dllm_trl.types import Round
 
@@ -96,6 +97,32 @@ class AttentionPlan:
         return create_block_mask(mask_mod, None, None, length, length, device=str(device))
 
 
+class WholeSequences(AttentionPlan):
+    """Full attention: every segment is a sequence of its own, whose tokens all see each other."""
+
+    masks = property(lambda self: [None] * len(self.sizes))
+
+
+@dataclass
+class ChunkedPlan:
+    r"""
+    A flat sequence that the backbone computes in chunks, one after another. In training each chunk keeps its input
+    only and is computed again in the backward pass, so memory is that of one chunk, however many there are.
+
+    Args:
+        plans (`list[AttentionPlan]`):
+            Plan of each chunk.
+        tokens (`list[int]`):
+            Tokens of each chunk, sum `N`.
+        reads (`list[int]`):
+            How many of `score_index`, which is in ascending order of chunks, lie in each chunk.
+    """
+
+    plans: list[AttentionPlan]
+    tokens: list[int]
+    reads: list[int]
+
+
 @dataclass
 class PackedRounds:
     r"""
@@ -103,10 +130,11 @@ class PackedRounds:
 
     Args:
         input_ids (`torch.LongTensor` of shape `(1, N)`):
-            Per group of rows the full blocks of their prompt, then per row the clean rest and its noisy copies.
+            Block attention: per group of rows the full blocks of their prompt, then per row the clean rest and its
+            noisy copies. Full attention: a whole sequence for each round of each row.
         position_ids (`torch.LongTensor` of shape `(1, N)`):
             Positions in the row's sequence without its padding; a noisy copy has those of its clean block.
-        plan ([`AttentionPlan`]):
+        plan ([`AttentionPlan`] or [`ChunkedPlan`]):
             Who attends to whom.
         score_index (`torch.LongTensor` of shape `(n,)`):
             Where in the `N` tokens the logits of each scored token are read.
@@ -120,7 +148,7 @@ class PackedRounds:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    plan: AttentionPlan
+    plan: AttentionPlan | ChunkedPlan
     score_index: torch.Tensor
     labels: torch.Tensor
     index: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -129,6 +157,21 @@ class PackedRounds:
     def scatter(self, values: torch.Tensor) -> torch.Tensor:
         """Values `(n,)` of the scored tokens as `(num_rounds, B, R)`, 0 elsewhere. Differentiable."""
         return values.new_zeros(self.shape).index_put(self.index, values)
+
+    def pad_chunks(self, count: int) -> "PackedRounds":
+        """With chunks of one token that nobody reads, up to `count` of them: sharded processes run in step."""
+        missing = count - len(self.plan.plans)
+        if missing <= 0:
+            return self
+        plan = _whole_sequences([1], self.input_ids.device)
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, self.input_ids[:, :1].expand(-1, missing)], dim=1),
+            position_ids=F.pad(self.position_ids, (0, missing)),
+            plan=ChunkedPlan(
+                self.plan.plans + [plan] * missing, self.plan.tokens + [1] * missing, self.plan.reads + [0] * missing
+            ),
+        )
 
 
 class _Sequence:
@@ -188,6 +231,13 @@ class _Sequence:
                 yield len(self.sizes) - 1, self.blocks[-1][1]
 
 
+def _check_predictable(before: np.ndarray, row: int) -> None:
+    if (before < 0).any():
+        raise ValueError(
+            f"Row {row} scores its very first token, which nothing before it can predict: give the row a prompt."
+        )
+
+
 def pack_rounds(
     prompt_ids: torch.Tensor,
     prompt_mask: torch.Tensor,
@@ -195,18 +245,22 @@ def pack_rounds(
     canvas_mask: torch.Tensor,
     rounds: list[Round],
     *,
-    block_length: int,
+    block_length: int | None,
     mask_token_id: int,
     logit_shift: int = 0,
     share_prompts: bool = True,
+    rounds_per_forward: int | None = None,
 ) -> PackedRounds:
     r"""
     Lays the rounds of a micro-batch out in one flat sequence without padding.
 
-    A group of rows with the same prompt holds the full blocks of that prompt once. Each of its rows then holds its
+    Block attention: a group of rows with the same prompt holds its full blocks once. Each of its rows then holds its
     clean rest (the prompt's remainder and the canvas) up to the block before its last scored one, which no token
     reads, and one noisy copy of a block for each round that scores a token there. Rows without a scored token are
     left out.
+
+    Full attention: a whole sequence for each round that scores a token of the row, since what one token becomes is
+    seen by all others.
 
     Args:
         prompt_ids (`torch.LongTensor` of shape `(B, P)`):
@@ -220,19 +274,23 @@ def pack_rounds(
         rounds (`list[Round]`):
             Which positions are masked and which of them are scored, `(B, R)` each.
         block_length (`int`):
-            Tokens denoised together. The grid is anchored at token 0 of each row without its padding.
+            Tokens denoised together. The grid is anchored at token 0 of each row without its padding. `None`: full
+            attention.
         mask_token_id (`int`):
             Token that stands for a masked position.
         logit_shift (`int`, *optional*, defaults to `0`):
             1 where the model predicts a token at the position before it.
         share_prompts (`bool`, *optional*, defaults to `True`):
-            Whether rows with the same prompt share its full blocks.
+            Whether rows with the same prompt share its full blocks. Block attention only.
+        rounds_per_forward (`int`, *optional*):
+            Full attention: the sequences are cut into chunks of `B * rounds_per_forward`. `None`: one chunk.
 
     Returns:
         [`PackedRounds`]: The packed forward pass.
     """
-    if block_length < 1:
-        raise ValueError(f"`block_length` must be at least 1, but is {block_length}.")
+    for name, value in (("block_length", block_length), ("rounds_per_forward", rounds_per_forward)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {value}.")
     num_rows, num_columns = canvas_ids.shape
     prompts, canvases = prompt_ids.cpu().numpy(), canvas_ids.cpu().numpy()
     real, exists = prompt_mask.bool().cpu().numpy(), canvas_mask.bool().cpu().numpy()
@@ -241,6 +299,10 @@ def pack_rounds(
     scored = torch.stack([r.scored for r in rounds]).cpu().numpy() if rounds else empty
     if (scored & ~exists).any():
         raise ValueError("`rounds` score positions that do not exist in `canvas_mask`.")
+    if block_length is None:
+        per_chunk = None if rounds_per_forward is None else num_rows * rounds_per_forward
+        batch = prompts, real, canvases, exists
+        return _pack_whole(batch, masked, scored, mask_token_id, logit_shift, per_chunk, canvas_ids)
 
     kept = scored.any(axis=(0, 2))
     groups: dict[bytes | int, list[int]] = {}
@@ -290,27 +352,130 @@ def pack_rounds(
             read = hits + noisy_start
             if logit_shift:
                 before = positions[hits] - 1
-                if (before < 0).any():
-                    raise ValueError(
-                        f"Row {row} scores its very first token, which a model with `logit_shift=1` cannot predict: "
-                        "give the row a prompt."
-                    )
+                _check_predictable(before, row)
                 clean_read = np.where(before < shared, prompt_start + before, clean_start + before - shared)
                 read = np.where(positions[hits] % block_length, read - 1, clean_read)
             score_index.append(read)
             found.append(np.stack([token_round[hits], np.full(len(hits), row), column[hits]]))
 
+    return _finish(sequence, score_index, found, canvas_ids, (len(rounds), num_rows, num_columns))
+
+
+def _finish(
+    sequence: _Sequence,
+    score_index: list[np.ndarray],
+    found: list[np.ndarray],
+    canvas_ids: torch.Tensor,
+    shape: tuple[int, int, int],
+) -> PackedRounds:
     device = canvas_ids.device
     table = torch.from_numpy(np.concatenate(sequence.columns, axis=1))
     ids, positions, group, row, clean, block, copy = table
-    plan = AttentionPlan(sequence.sizes, sequence.keys, group, row, clean.bool(), block, copy, device)
     index = tuple(torch.from_numpy(np.concatenate(found, axis=1)).to(device))
     return PackedRounds(
         input_ids=ids[None].to(device),
         position_ids=positions[None].to(device),
-        plan=plan,
+        plan=AttentionPlan(sequence.sizes, sequence.keys, group, row, clean.bool(), block, copy, device),
         score_index=torch.from_numpy(np.concatenate(score_index)).to(device),
         labels=canvas_ids[index[1], index[2]],
         index=index,
-        shape=(len(rounds), num_rows, num_columns),
+        shape=shape,
     )
+
+
+def _whole_sequences(sizes: list[int], device: torch.device) -> WholeSequences:
+    copy = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    same = torch.zeros_like(copy)
+    keys = [[i] for i in range(len(sizes))]
+    return WholeSequences(sizes, keys, same, same, same.bool(), same, copy, device)
+
+
+def _pack_whole(
+    batch: tuple[np.ndarray, ...],
+    masked: np.ndarray,
+    scored: np.ndarray,
+    mask_token_id: int,
+    logit_shift: int,
+    per_chunk: int | None,
+    canvas_ids: torch.Tensor,
+) -> PackedRounds:
+    """[`pack_rounds`] of full attention: sequences in the order of the rounds, `per_chunk` of them at a time."""
+    prompts, real, canvases, exists = batch
+    rounds, rows = scored.any(-1).nonzero()
+    ids, positions, reads, found = [], [], [], []
+    for which, row in zip(rounds.tolist(), rows.tolist(), strict=True):
+        prompt, columns = prompts[row][real[row]], np.flatnonzero(exists[row])
+        noisy = np.where(masked[which, row, columns], mask_token_id, canvases[row, columns])
+        hits = np.flatnonzero(scored[which, row, columns])
+        read = len(prompt) + hits - logit_shift
+        _check_predictable(read, row)
+        ids.append(np.concatenate([prompt, noisy]))
+        positions.append(np.arange(len(ids[-1])))
+        reads.append(read)
+        found.append(np.stack([np.full(len(hits), which), np.full(len(hits), row), columns[hits]]))
+    if not ids:  # some token to run the model on
+        ids, positions = [np.concatenate([prompts[real], canvases[exists]])[:1]], [np.zeros(1, int)]
+        if not len(ids[0]):
+            raise ValueError("The batch has no tokens: there is nothing to run the model on.")
+        reads, found = [np.zeros(0, int)], [np.zeros((3, 0), int)]
+
+    device = canvas_ids.device
+    sizes = [len(x) for x in ids]
+    starts = np.cumsum(sizes) - sizes
+    index = tuple(torch.from_numpy(np.concatenate(found, axis=1)).to(device))
+    step = per_chunk or len(sizes)
+    chunks = [slice(i, i + step) for i in range(0, len(sizes), step)]
+    return PackedRounds(
+        input_ids=torch.from_numpy(np.concatenate(ids))[None].to(device),
+        position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
+        plan=ChunkedPlan(
+            plans=[_whole_sequences(sizes[chunk], device) for chunk in chunks],
+            tokens=[sum(sizes[chunk]) for chunk in chunks],
+            reads=[sum(map(len, reads[chunk])) for chunk in chunks],
+        ),
+        score_index=torch.from_numpy(np.concatenate([r + s for r, s in zip(reads, starts, strict=True)])).to(device),
+        labels=canvas_ids[index[1], index[2]],
+        index=index,
+        shape=scored.shape,
+    )
+
+
+def pack_causal(
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    canvas_ids: torch.Tensor,
+    canvas_mask: torch.Tensor,
+    scored: torch.Tensor,
+) -> PackedRounds:
+    r"""
+    Lays a micro-batch out for training from left to right: clean tokens, causal attention, each scored token read at
+    the position before it, whatever the family's own attention and shift are.
+
+    Args:
+        prompt_ids, prompt_mask, canvas_ids, canvas_mask:
+            As in [`pack_rounds`].
+        scored (`torch.BoolTensor` of shape `(B, R)`):
+            Tokens to be scored.
+
+    Returns:
+        [`PackedRounds`]: The packed forward pass, of one round.
+    """
+    prompts, canvases = prompt_ids.cpu().numpy(), canvas_ids.cpu().numpy()
+    real, exists, wanted = (x.bool().cpu().numpy() for x in (prompt_mask, canvas_mask, scored))
+    if (wanted & ~exists).any():
+        raise ValueError("`scored` has positions that do not exist in `canvas_mask`.")
+    sequence = _Sequence(1)  # causal is block-causal in blocks of one token
+    score_index, found = [np.zeros(0, int)], [np.zeros((3, 0), int)]
+    for row in np.flatnonzero(wanted.any(1)).tolist() or [0]:
+        prompt, columns = prompts[row][real[row]], np.flatnonzero(exists[row])
+        hits = np.flatnonzero(wanted[row, columns])
+        before = len(prompt) + hits - 1
+        _check_predictable(before, row)
+        score_index.append(before + sequence.length)
+        found.append(np.stack([np.zeros(len(hits), int), np.full(len(hits), row), columns[hits]]))
+        # Nobody reads what comes after the last scored token
+        tokens = np.concatenate([prompt, canvases[row, columns]])[: (before.max(initial=0)) + 1]
+        if not len(tokens):
+            raise ValueError("The batch has no tokens: there is nothing to run the model on.")
+        sequence.add_clean(tokens, 0, row, row, [])
+    return _finish(sequence, score_index, found, canvas_ids, (1, *canvas_ids.shape))

@@ -3,7 +3,7 @@
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
 
-from dllm_trl._compat import copy_weight_conversions
+from dllm_trl._compat import register_weight_names
 from dllm_trl.modeling.base import (
     DiffusionBackboneMixin,
     DiffusionCausalLMMixin,
@@ -51,6 +51,6 @@ class SDARMoeForCausalLM(DiffusionCausalLMMixin, Qwen3MoeForCausalLM):
         self.num_experts_per_tok = config.num_experts_per_tok
 
 
-copy_weight_conversions("sdar_moe", like="qwen3_moe")  # one tensor per expert on disk, stacked in memory
+register_weight_names("sdar_moe", {}, like="qwen3_moe")  # one tensor per expert on disk, stacked in memory
 register_family(SDARConfig, SDARModel, SDARForCausalLM)
 register_family(SDARMoeConfig, SDARMoeModel, SDARMoeForCausalLM)
