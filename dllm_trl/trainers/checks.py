@@ -20,11 +20,12 @@ logger = get_logger(__name__)
 _TEMPLATE_BYTES = 2048
 
 
-def check_model(model, model_init_kwargs: dict | None, trust_remote_code: bool = False) -> None:
-    """Raises unless `model`, a model or where to load one from, is one of our diffusion language models."""
+def check_model(model, model_init_kwargs: dict | None, trust_remote_code: bool = False) -> DiffusionConfigMixin:
+    """The config of `model`, a model or where to load one from. Raises unless it is a diffusion language model."""
     if not isinstance(model, str):
         try:
-            return check_diffusion_model(model)
+            check_diffusion_model(model)
+            return model.config
         except ValueError as error:
             raise ValueError(f"`model`: {error}") from None
     names = ("revision", "cache_dir", "token", "subfolder", "trust_remote_code")
@@ -35,6 +36,34 @@ def check_model(model, model_init_kwargs: dict | None, trust_remote_code: bool =
         raise ValueError(
             f"`model={model!r}` has model type `{config.model_type}`, which is no diffusion language model. Pass a "
             f"checkpoint of one of: {', '.join(f'`{name}`' for name in FAMILIES)}."
+        )
+    return config
+
+
+def check_attention(config, args, objective) -> None:
+    """Raises if a cache or an objective is not made for the model's kind of attention."""
+    kind = config.diffusion_attention
+    caches = {"block": (None, "exact"), "full": (None, "none", "prefix", "dual")}[kind]
+    if args.cache not in caches:
+        known = ", ".join(repr(cache) for cache in caches[1:])
+        raise ValueError(
+            f"`cache={args.cache!r}` is not for `{config.model_type}`, which has {kind} attention. Leave it unset, or "
+            f"choose one of: {known}."
+        )
+    kinds = getattr(objective, "attentions", ("block", "full"))
+    if kind not in kinds:
+        raise ValueError(
+            f"`objective` is for {' and '.join(kinds)} attention, but `{config.model_type}` has {kind} attention."
+        )
+
+
+def check_router_loss(config, args) -> None:
+    """Raises if a load-balancing loss is wanted of experts that have none (LLaDA2 balances them by a bias)."""
+    balanced = hasattr(config, "router_aux_loss_coef") or not hasattr(config, "output_router_logits")
+    if args.router_aux_loss_coef and not balanced:
+        raise ValueError(
+            f"`router_aux_loss_coef={args.router_aux_loss_coef}`, but `{config.model_type}` has no load-balancing "
+            "loss. Leave `router_aux_loss_coef` unset."
         )
 
 

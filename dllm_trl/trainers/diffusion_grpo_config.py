@@ -17,7 +17,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         > Parameters that control the rollout
 
         block_length (`int`, *optional*):
-            Tokens denoised together, in rollout and training alike. `None` takes the model's `config.block_size`.
+            Tokens denoised together, in rollout and training alike. `None` takes the model's `config.block_size`. Full
+            attention: the blocks of semi-autoregressive decoding; `None` decodes the whole response as one.
         denoising_steps (`int`, *optional*):
             Upper bound of denoising steps per block. `None` takes `block_length`.
         remasking_strategy (`str`, *optional*):
@@ -25,12 +26,19 @@ class DiffusionGRPOConfig(GRPOConfig):
             checkpoint's, else `"low_confidence_dynamic"`.
         confidence_threshold (`float`, *optional*):
             Probability above which `"low_confidence_dynamic"` commits. `None` takes the checkpoint's, else 0.9.
+        cache (`str`, *optional*):
+            Full attention: `"none"`, or Fast-dLLM's approximate `"prefix"` and `"dual"`, which make the rollout
+            faster. Its tokens are scored without a cache all the same; `sampling/sampling_logp_difference` says how
+            far apart the two are.
         num_slots (`int`, *optional*):
             Responses in flight at a time, per process. `None` decodes all at once. Changes speed and memory, never
             results.
 
         > Parameters that control which tokens are scored
 
+        rounds_per_forward (`int`, *optional*, defaults to `1`):
+            Full attention: rounds of a micro-batch that go through the model at a time. With several forwards each is
+            computed again in the backward pass: memory is that of one, however many rounds there are.
         num_scored_pads (`int`, *optional*, defaults to `0`):
             How many of the tokens that were decoded after the first EOS are scored, per response. `None` scores all.
         on_policy_check (`str`, *optional*, defaults to `"warn"`):
@@ -84,6 +92,17 @@ class DiffusionGRPOConfig(GRPOConfig):
             "0.9."
         },
     )
+    cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Cache of rollouts with full attention: 'none', or the approximate 'prefix' and 'dual'. Block "
+            "attention always has an exact one."
+        },
+    )
+    rounds_per_forward: int = field(
+        default=1,
+        metadata={"help": "Full attention: rounds of a micro-batch that go through the model at a time."},
+    )
     num_slots: int | None = field(
         default=None,
         metadata={"help": "Responses in flight at a time, per process. `None` decodes all at once."},
@@ -136,7 +155,7 @@ class DiffusionGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("block_length", "denoising_steps", "num_slots"):
+        for name in ("block_length", "denoising_steps", "num_slots", "rounds_per_forward"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")

@@ -15,13 +15,23 @@ from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
 from ..generation import DiffusionGenerationConfig, generate_rollouts
-from ..modeling.packing import pack_rounds
 from .advantages import in_accuracy_range, is_overlong, population_z_score
-from .checks import check_columns, check_model, check_peft, check_prompts, find_mask_token, guard_reward
+from .checks import (
+    check_attention,
+    check_columns,
+    check_model,
+    check_peft,
+    check_prompts,
+    check_router_loss,
+    find_mask_token,
+    guard_reward,
+)
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .exact_resume import ExactResumeMixin
 from .model_card import DiffusionModelCardMixin
 from .objectives import Objective, TraceObjective, make_objective
+from .published_checkpoints import PublishedCheckpointMixin
+from .round_packing import pack_batch
 
 
 logger = get_logger(__name__)
@@ -33,7 +43,7 @@ _MAX_LOG_RATIO = 10.0
 _CONTEXT = ("canvas_ids", "canvas_mask", "step_map", "scored")
 
 
-class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTrainer):
+class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, DiffusionModelCardMixin, GRPOTrainer):
     r"""
     [`~trl.GRPOTrainer`] for block diffusion language models: the rollout comes from the decoding engine of this
     package, and log-probabilities are those of the tokens in the contexts ("rounds") that an objective names.
@@ -101,7 +111,7 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
             raise TypeError(f"`args` must be a `{self.config_class.__name__}`, but is a `{type(args).__name__}`.")
         self._refuse(args, reward_funcs, tools, rollout_func, environment_factory)
         check_peft(model, peft_config)
-        check_model(model, args.model_init_kwargs, args.trust_remote_code)
+        check_router_loss(check_model(model, args.model_init_kwargs, args.trust_remote_code), args)
         check_columns("train_dataset", train_dataset)
         check_columns("eval_dataset", eval_dataset)
         self.objective = self._default_objective(args) if objective is None else make_objective(objective)
@@ -132,12 +142,10 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
             self.scale_rewards = "none"  # TRL centres the rewards, `_set_advantages` does the rest
 
         config = self.model.config
-        if config.diffusion_attention != "block":
-            raise ValueError(
-                f"`model` is of type `{config.model_type}`, whose attention knows no blocks: `{type(self).__name__}` "
-                "trains block diffusion models."
-            )
-        self.block_length = args.block_length or config.block_size
+        check_attention(config, args, self.objective)
+        # Full attention: the rollout's blocks, which training does not know. By default the whole response is one
+        self.block_length = args.block_length or config.block_size or self.max_completion_length
+        self._grid = self.block_length if config.diffusion_attention == "block" else None
         self.mask_token_id = find_mask_token(config, self._tokenizer)
         self.generation_config = self._make_generation_config()
         limit = config.max_position_embeddings - self.max_completion_length
@@ -157,12 +165,14 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
         # Rollout and trainer log-probabilities are the same numbers under these conditions only
         config, plain = self.generation_config, not getattr(self.objective, "replays_rollout", False)
         filtered = config.top_k or config.top_p < 1 or config.min_p or config.repetition_penalty != 1
-        self._comparable = not (plain or filtered) and config.do_sample
+        self._recorded = not (plain or filtered or config.cfg_scale) and config.do_sample
+        # A rollout with an approximate cache saw other numbers: the difference is logged, and that is all
+        self._comparable = self._recorded and config.cache in (None, "none", "exact")
         if args.use_rollout_logprobs and not self._comparable:
             raise ValueError(
                 "`use_rollout_logprobs=True` needs an objective that replays the rollout (`shrink=1`) and sampling "
-                "without `top_k`, `top_p`, `min_p` and `repetition_penalty`: the trainer computes other numbers "
-                "otherwise."
+                "without `top_k`, `top_p`, `min_p`, `repetition_penalty`, `cfg_scale` and approximate `cache`: the "
+                "trainer computes other numbers otherwise."
             )
         self._drops_out = any(
             (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0)
@@ -229,7 +239,8 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
         extra = dict(self.args.generation_kwargs or {})
         # Rows of the embedding beyond the tokenizer are padding and decode to nothing
         padding = range(len(self._tokenizer), self.model.config.vocab_size)
-        suppressed = {*padding, *(extra.pop("suppress_tokens", None) or [])}
+        never = self.model.config.suppressed_token_ids
+        suppressed = {*padding, *never, *(extra.pop("suppress_tokens", None) or [])}
         values = {
             "max_new_tokens": self.max_completion_length,
             "do_sample": True,
@@ -244,9 +255,10 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
             "suppress_tokens": sorted(suppressed) or None,
             "mask_token_id": self.mask_token_id,
             "block_length": self.block_length,
-            "denoising_steps": self.args.denoising_steps or self.block_length,
+            "denoising_steps": self.args.denoising_steps or min(self.block_length, self.max_completion_length),
             "remasking_strategy": self.args.remasking_strategy,
             "confidence_threshold": self.args.confidence_threshold,
+            "cache": self.args.cache,
         }
         config = DiffusionGenerationConfig(**(values | extra))
         config, _ = self._base_model(self.model)._resolve_generation_config(config)
@@ -362,7 +374,7 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
         self._set_advantages(output, context)
         output["num_items_in_batch"] = self.accelerator.gather(context["scored"].sum()).sum()
         output.update(context)
-        if self._comparable:
+        if self._recorded:
             output["sampling_per_token_logps"] = rollout.logprobs
         return output
 
@@ -442,7 +454,7 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
         if self._scores is not None:
             return self._scores
         expects_old, self._expects_old = self._expects_old, False
-        recorded = self._rollout.logprobs if self._rollout is not None and self._comparable else None
+        recorded = self._rollout.logprobs if self._rollout is not None and self._recorded else None
         if expects_old and self.args.use_rollout_logprobs:
             return recorded, None, None
 
@@ -478,17 +490,8 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
 
     def _score(self, batch: dict[str, torch.Tensor], model: nn.Module, compute_aux_loss: bool):
         """One forward pass: log-probabilities `(B, R)`, entropies `(B, R)` and the auxiliary loss of some rows."""
-        rounds = self.objective(batch, self.block_length)
-        packed = pack_rounds(
-            batch["prompt_ids"],
-            batch["prompt_mask"],
-            batch["canvas_ids"],
-            batch["canvas_mask"],
-            rounds,
-            block_length=self.block_length,
-            mask_token_id=self.mask_token_id,
-            logit_shift=self.model.config.logit_shift,
-        )
+        rounds = self.objective(batch, self._grid)
+        packed = pack_batch(self, batch, rounds)
         options = {"output_router_logits": True} if compute_aux_loss else {}
         with self.accelerator.autocast():
             outputs = model(
@@ -521,6 +524,8 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
         self._metrics[mode]["sampling/sampling_logp_difference/mean"].append(mean)
         self._metrics[mode]["sampling/sampling_logp_difference/max"].append(maximum)
         figures = f"mean |difference| {mean:.3g}, max {maximum:.3g}"
+        if not self._comparable:
+            return
         if self._full_precision and not maximum <= 1e-3:
             raise RuntimeError(
                 f"Rollout and trainer disagree on log-probabilities under the same weights ({figures}; in float32 at "
@@ -584,7 +589,7 @@ class DiffusionGRPOTrainer(ExactResumeMixin, DiffusionModelCardMixin, GRPOTraine
         return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.block_length != self.model.config.block_size:
+        if self._grid is not None and self._grid != self.model.config.block_size:
             logger.warning_once(
                 f"The model was trained with `block_length={self.block_length}`, but its config keeps "
                 f"`block_size={self.model.config.block_size}`. Decode with `block_length={self.block_length}`, or set "

@@ -1,4 +1,3 @@
-import textwrap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +24,14 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
-from ..modeling.packing import pack_rounds
+from ..modeling.packing import PackedRounds, pack_causal
 from ..types import Round
 from .chat_template import mark_assistant
-from .checks import check_model, check_peft, find_mask_token
+from .checks import check_model, check_peft, check_router_loss, find_mask_token
 from .model_card import DiffusionModelCardMixin
 from .objectives.sft import (
+    DEFAULT_OBJECTIVES,
+    longest_document,
     make_sft_objective,
     num_levels,
     num_loss_items,
@@ -38,7 +39,11 @@ from .objectives.sft import (
     stratify,
     unpack_rows,
 )
+from .papers import PAPERS
+from .published_checkpoints import PublishedCheckpointMixin
+from .round_packing import pack_batch
 from .sft_config import DiffusionSFTConfig
+from .sft_data import StepMapCollator, check_columns, check_step_maps, prepare_step_maps
 
 
 logger = get_logger(__name__)
@@ -60,7 +65,7 @@ class DiffusionSFTOutput(ModelOutput):
     labels: torch.Tensor | None = None
 
 
-class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
+class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFTTrainer):
     r"""
     [`~trl.SFTTrainer`] for diffusion language models. Datasets are prepared as in TRL (text, messages, prompt and
     completion, `completion_only_loss`, `assistant_only_loss`, truncation, packing); an objective masks some of the
@@ -96,19 +101,6 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
 
     _tag_names = ["trl", "dllm-trl", "sft"]
     _name = "Diffusion SFT"
-    _paper = {
-        "title": "Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models",
-        "id": "2503.09573",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{arriola2025block,
-                title        = {{Block Diffusion: Interpolating Between Autoregressive and Diffusion Language Models}},
-                author       = {Marianne Arriola and Aaron Gokaslan and Justin T. Chiu and Zhihan Yang and Zhixuan Qi and Jiaqi Han and Subham Sekhar Sahoo and Volodymyr Kuleshov},
-                year         = 2025,
-                booktitle    = {The Thirteenth International Conference on Learning Representations, ICLR 2025},
-                url          = {https://arxiv.org/abs/2503.09573},
-            }"""),  # noqa: E501
-    }
     # `compute_loss` divides by what the whole accumulated batch has of trained tokens (or sequences)
     loss_is_scaled_for_ga = True
 
@@ -148,11 +140,28 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
                 "Pass a callable as `DiffusionSFTConfig(objective=...)`, or override `compute_loss`."
             )
         check_peft(model, peft_config)
-        check_model(model, args.model_init_kwargs, args.trust_remote_code)
+        config = check_model(model, args.model_init_kwargs, args.trust_remote_code)
+        check_router_loss(config, args)
         if not formatting_func and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            _check_columns("train_dataset", train_dataset, args.dataset_text_field)
-            _check_columns("eval_dataset", eval_dataset, args.dataset_text_field)
-        self.objective = make_sft_objective(args.objective, noise_per=args.noise_per, eps=args.noise_eps)
+            check_columns("train_dataset", train_dataset, args.dataset_text_field)
+            check_columns("eval_dataset", eval_dataset, args.dataset_text_field)
+        self.objective = make_sft_objective(
+            args.objective,
+            config.diffusion_attention,
+            noise_per=args.noise_per,
+            eps=args.noise_eps,
+            largest=args.noise_max,
+            weighting=args.weighting,
+            cart_p=args.cart_p,
+            shrink=args.shrink,
+            block_length=args.block_length,
+        )
+        name = args.objective or DEFAULT_OBJECTIVES[config.diffusion_attention]
+        self._paper = PAPERS.get(name, {}) if isinstance(name, str) else {}
+        self._step_map = getattr(self.objective, "step_map", None)
+        if self._step_map == "required":
+            check_step_maps("train_dataset", train_dataset, args.objective)
+            check_step_maps("eval_dataset", eval_dataset, args.objective)
 
         # TRL marks the assistant's turns in templates that it knows by heart only
         marked = None
@@ -192,44 +201,85 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
                 "packs whole sequences. Use DDP, FSDP or DeepSpeed ZeRO."
             )
 
+        if self._step_map is not None:
+            self.data_collator = StepMapCollator(self.data_collator, self._step_map == "required")
         config = self.model.config
-        if config.diffusion_attention != "block":
-            raise ValueError(
-                f"`model` is of type `{config.model_type}`, whose attention knows no blocks. `objective="
-                f"{args.objective!r}` trains block diffusion models."
-            )
+        full = config.diffusion_attention == "full"
         self.block_length = args.block_length or config.block_size
+        self._grid = None if full else self.block_length
         self.mask_token_id = find_mask_token(config, self._tokenizer)
-        fill = config.diffusion_attention == "block" if args.eos_fill is None else args.eos_fill
-        self._fill_token_id = self._tokenizer.eos_token_id if fill else None
-        if fill and self._fill_token_id is None:
-            raise ValueError(
-                "`eos_fill=True` needs an EOS token, but `processing_class` has none. Set "
-                "`processing_class.eos_token`, or `eos_fill=False`."
-            )
+        self._fill_token_id = self._find_fill(full)
         # A chat template may end turns with another token than the tokenizer's EOS: decoding stops at all of these.
         stops = self.model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         self._eos_token_ids = torch.tensor([i for i in [*stops, self._tokenizer.eos_token_id] if i is not None])
         limit = config.max_position_embeddings
-        if args.max_length is not None and args.max_length > limit:
-            logger.warning(
-                f"`max_length={args.max_length}` allows sequences longer than the model's context of {limit} tokens. "
-                f"Set `max_length={limit}`."
+        for name in ("max_length", "eos_fill_length"):
+            value = getattr(args, name)
+            if value is not None and value > limit:
+                logger.warning(
+                    f"`{name}={value}` allows sequences longer than the model's context of {limit} tokens. Set "
+                    f"`{name}={limit}`."
+                )
+
+    def _find_fill(self, full: bool) -> int | None:
+        """The token that fills up sequences that end, `None` if nothing does."""
+        fills = getattr(self.objective, "fills", True)
+        if self.args.eos_fill and not fills:
+            raise ValueError(
+                f"`eos_fill=True` does not go with `objective={self.args.objective!r}`, which trains no padding. Set "
+                "`eos_fill=None`."
             )
+        if self.args.eos_fill_length is not None and not full:
+            raise ValueError(
+                "`eos_fill_length` is for models with full attention: with block attention sequences are filled to "
+                "the end of their last block. Set it to `None`."
+            )
+        if not (fills if self.args.eos_fill is None else self.args.eos_fill):
+            return None
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(
+                "`eos_fill=True` needs an EOS token, but `processing_class` has none. Set "
+                "`processing_class.eos_token`, or `eos_fill=False`."
+            )
+        return self._tokenizer.eos_token_id
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        prepare = super()._prepare_dataset
+        if self._step_map is None or "step_map" not in get_dataset_column_names(dataset):
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        return prepare_step_maps(prepare, dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self._step_map is not None and "step_map" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "step_map"]
 
     # ---------------------------------------------------------------------------------------------------- corruption
 
-    def _rows(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _rows(self, inputs: dict[str, torch.Tensor], fill_to: int | None = None) -> dict[str, torch.Tensor]:
+        fill_to = fill_to or self.args.eos_fill_length
+        fills = self._grid is not None or fill_to is not None
         return unpack_rows(
             inputs["input_ids"],
             inputs["labels"],
             inputs.get("attention_mask"),
             inputs.get("position_ids"),
-            block_length=self.block_length,
-            fill_token_id=self._fill_token_id,
+            block_length=self._grid or 1,
+            fill_token_id=self._fill_token_id if fills else None,
+            fill_to=fill_to if self._fill_token_id is not None else None,
             eos_token_ids=self._eos_token_ids,
+            step_map=inputs.get("step_map"),
         )
+
+    def _longest(self, batches: list[dict[str, torch.Tensor]], device: torch.device) -> int | None:
+        """Full attention: tokens of the longest document of the whole step, to which the others are filled up."""
+        if self._grid is not None or self._fill_token_id is None or self.args.eos_fill_length is not None:
+            return None
+        lengths = [longest_document(b["input_ids"], b.get("attention_mask"), b.get("position_ids")) for b in batches]
+        return int(self.accelerator.gather(torch.stack(lengths).max().to(device)).max())
 
     def _levels(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
         uniform = torch.rand(count, generator=generator)
@@ -238,13 +288,13 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
     def _corrupt(self, rows: dict[str, torch.Tensor], levels: torch.Tensor, uniform: torch.Tensor) -> list[Round]:
         device = rows["canvas_ids"].device
         batch = {**rows, "levels": levels.to(device), "uniform": uniform.to(device)}
-        return self.objective(batch, self.block_length)
+        return self.objective(batch, self._grid)
 
     def _corrupt_by_content(self, rows: dict[str, torch.Tensor]) -> list[Round]:
         """Each row draws from a generator of its own, seeded by what the row holds."""
         levels, uniform = [], []
         counts = zip(
-            num_levels(self.objective, rows, self.block_length).tolist(), rows["scored"].sum(1).tolist(), strict=True
+            num_levels(self.objective, rows, self._grid).tolist(), rows["scored"].sum(1).tolist(), strict=True
         )
         for (num, trained), ids, exists in zip(counts, rows["canvas_ids"], rows["canvas_mask"], strict=True):
             generator = _generator(self.args.seed, zlib.crc32(ids[exists.bool()].cpu().numpy().tobytes()))
@@ -256,10 +306,11 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, num_items
-        all_rows = [self._rows(batch) for batch in batches]
+        longest = self._longest(batches, device)
+        all_rows = [self._rows(batch, longest) for batch in batches]
         needs = [
             (
-                num_levels(self.objective, rows, self.block_length).sum(),
+                num_levels(self.objective, rows, self._grid).sum(),
                 rows["scored"].sum(),
                 num_loss_items(rows["scored"].sum(1), self.args.loss_norm),
             )
@@ -284,6 +335,12 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
+    def _pack(self, rows: dict[str, torch.Tensor], rounds: list[Round]) -> PackedRounds:
+        if not getattr(self.objective, "causal", False):
+            return pack_batch(self, rows, rounds)
+        canvas = [rows[name] for name in ("prompt_ids", "prompt_mask", "canvas_ids", "canvas_mask")]
+        return pack_causal(*canvas, rounds[0].scored)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         if "corruption" in inputs:
@@ -291,16 +348,7 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
         else:
             rows = self._rows(inputs)
             rounds = self._corrupt_by_content(rows)
-        packed = pack_rounds(
-            rows["prompt_ids"],
-            rows["prompt_mask"],
-            rows["canvas_ids"],
-            rows["canvas_mask"],
-            rounds,
-            block_length=self.block_length,
-            mask_token_id=self.mask_token_id,
-            logit_shift=self.model.config.logit_shift,
-        )
+        packed = self._pack(rows, rounds)
         model_inputs = {
             "input_ids": packed.input_ids,
             "position_ids": packed.position_ids,
@@ -373,20 +421,3 @@ class DiffusionSFTTrainer(DiffusionModelCardMixin, SFTTrainer):
 def _generator(*seeds: int) -> torch.Generator:
     """A generator whose numbers have nothing to do with those of neighbouring seeds."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1))
-
-
-def _check_columns(name: str, dataset, text_field: str) -> None:
-    """Raises if a dataset (or one of a dict of them) has none of the columns that TRL prepares."""
-    if dataset is None:
-        return
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            _check_columns(f"{name}[{key!r}]", part, text_field)
-        return
-    columns = get_dataset_column_names(dataset)
-    known = ({"input_ids"}, {text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"})
-    if not any(needed <= set(columns) for needed in known):
-        raise ValueError(
-            f"`{name}` has only the columns {list(columns)}. Rename yours to `prompt` and `completion`, `messages` or "
-            f"`{text_field}` (`dataset_text_field`), or pass a `formatting_func`."
-        )

@@ -1,7 +1,6 @@
-import textwrap
-
 from .diffusion_grpo_trainer import DiffusionGRPOTrainer
 from .objectives import Objective, TraceObjective
+from .papers import PAPERS
 from .tracerl_config import TraceRLConfig
 
 
@@ -35,18 +34,7 @@ class TraceRLTrainer(DiffusionGRPOTrainer):
 
     _tag_names = ["trl", "dllm-trl", "tracerl"]
     _name = "TraceRL"
-    _paper = {
-        "title": "Revolutionizing Reinforcement Learning Framework for Diffusion Large Language Models",
-        "id": "2509.06949",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{wang2025revolutionizing,
-                title  = {{Revolutionizing Reinforcement Learning Framework for Diffusion Large Language Models}},
-                author = {Yinjie Wang and Ling Yang and Bowen Li and Ye Tian and Ke Shen and Mengdi Wang},
-                year   = 2025,
-                eprint = {arXiv:2509.06949},
-            }"""),
-    }
+    _paper = PAPERS["trace"]
     config_class = TraceRLConfig
 
     def _default_objective(self, args: TraceRLConfig) -> Objective:

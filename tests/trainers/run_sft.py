@@ -11,13 +11,15 @@ from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer
 
 
 def main(options: dict) -> None:
-    rows = options.pop("rows")
+    rows, family = options.pop("rows"), options.pop("family", "sdar")
     data = {
         "prompt": [f"{i}+1=" for i in range(rows)],
         "completion": [f"{i + 1}" + "!" * (i % 5) for i in range(rows)],
     }
+    if options.get("objective") == "trace":  # as many rounds as a completion has tokens: different ones per process
+        data["step_map"] = [list(range(len(completion) + 1)) for completion in data["completion"]]
     trainer = DiffusionSFTTrainer(
-        model=make_model(),
+        model=make_model(family),
         args=DiffusionSFTConfig(report_to="none", use_cpu=True, bf16=False, logging_steps=1, **options),
         train_dataset=Dataset.from_dict(data),
         processing_class=make_tokenizer(),

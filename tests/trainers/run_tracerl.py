@@ -23,10 +23,10 @@ class Kill(TrainerCallback):
 
 
 def main(options: dict) -> None:
-    resume, kill_at, rows = (options.pop(name, None) for name in ("resume", "kill_at", "rows"))
+    resume, kill_at, rows, family = (options.pop(name, None) for name in ("resume", "kill_at", "rows", "family"))
     args = TraceRLConfig(report_to="none", use_cpu=True, bf16=False, logging_steps=1, **options)
     trainer = TraceRLTrainer(
-        model=make_model(),
+        model=make_model(family or "sdar"),
         reward_funcs=letter_reward,
         args=args,
         train_dataset=make_prompts(rows),

@@ -5,9 +5,11 @@ import sys
 
 import pytest
 
-from dllm_trl.trainers.checks import check_model, check_peft
+from dllm_trl import DiffusionSFTConfig, TraceRLConfig
+from dllm_trl.modeling import FAMILIES, NAMESAKES
+from dllm_trl.trainers.checks import check_model, check_peft, check_router_loss
 
-from .tiny_rl import make_model
+from .tiny_rl import TINY, make_model
 
 
 REMOTE_CODE = """
@@ -57,3 +59,16 @@ def test_virtual_tokens_are_refused():
         check_peft(peft.get_peft_model(make_model(), config), None)
     check_peft(peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"])), None)
     check_peft("a/model", peft.LoraConfig())
+
+
+def test_router_loss(tmp_path):
+    for arguments in (DiffusionSFTConfig, TraceRLConfig):
+        arguments = arguments(str(tmp_path), use_cpu=True, bf16=False, report_to="none", router_aux_loss_coef=0.01)
+        for family in ("sdar_moe", "LLaDAMoEModelLM", "sdar"):  # a model without experts is TRL's to refuse
+            check_router_loss(make_model(family).config, arguments)
+        with pytest.raises(ValueError, match="`llada2_moe` has no load-balancing loss"):
+            check_router_loss(make_model("llada2_moe").config, arguments)
+
+
+def test_there_is_a_tiny_model_of_every_family():
+    assert set(TINY) == {*FAMILIES, *(name for names in NAMESAKES.values() for name in names)}

@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_contexts_of_the_rollout(tmp_path, moe, block_le
     """
     trainer = make_trainer(
         tmp_path,
-        make_model(moe),
+        make_model("sdar_moe" if moe else "sdar"),
         block_length=block_length,
         denoising_steps=min(block_length, 3),
         shrink=shrink,

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,16 @@ COMMON = {
 }
 
 
+def free_port() -> int:
+    """From a range of this test process's own, so that two that look for one at a time don't find the same."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    for port in range(21000 + 500 * worker, 21500 + 500 * worker):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("No free port.")
+
+
 def launch(output_dir: Path, processes: int = 1, **options) -> int:
     """Runs `run_tracerl.py` and returns its exit status."""
     output_dir.mkdir(exist_ok=True)
@@ -33,7 +44,7 @@ def launch(output_dir: Path, processes: int = 1, **options) -> int:
         # What `--multi_gpu` says is that accelerate starts several processes; on CPUs they talk through gloo
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0"]
+        command += ["--main_process_port", str(free_port())]
     paths = [str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
         [*command, str(HERE / "run_tracerl.py"), str(file)],
@@ -53,7 +64,8 @@ def history(output_dir: Path, name: str) -> list[float]:
     return [entry[name] for entry in log if name in entry]
 
 
-def test_two_processes_equal_one_with_accumulation(tmp_path):
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_two_processes_equal_one_with_accumulation(tmp_path, family):
     """
     Same responses, same loss, same gradient, same weights, with groups that are split over the processes and some that
     are dropped.
@@ -65,6 +77,8 @@ def test_two_processes_equal_one_with_accumulation(tmp_path):
         "kl_target": "old",
         "accuracy_range": [0.25, 0.5],
         "save_strategy": "no",
+        "block_length": 4,
+        "family": family,
     }
     launch(tmp_path / "one", gradient_accumulation_steps=4, **options)
     launch(tmp_path / "two", processes=2, gradient_accumulation_steps=2, **options)
@@ -80,7 +94,8 @@ def test_two_processes_equal_one_with_accumulation(tmp_path):
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+@pytest.mark.parametrize("family", ["sdar", pytest.param("llada", marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, family):
     """
     Killed with -9 in the middle of a generation buffer. A buffer lasts 8 updates here and is one epoch, so the run
     stops in the second epoch and goes on with half of the second buffer used.
@@ -94,6 +109,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         "save_steps": 1,
         "save_total_limit": 2,
         "rows": 5,
+        "block_length": 4,
+        "family": family,
     }
     assert launch(tmp_path / "whole", **options) == 0
     assert launch(tmp_path / "killed", kill_at=12, **options) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""`DiffusionSFTTrainer` on a tiny SDAR model: data, loss, accumulation, evaluation, resume, refusals."""
+"""`DiffusionSFTTrainer` on tiny models: data, loss, accumulation, evaluation, resume, refusals."""
 
 import json
 import os
@@ -21,6 +21,8 @@ from .tiny_rl import make_model, make_tokenizer
 
 
 EOS, MASK = 1, 2
+# Block attention, full attention, full attention with a shifted head
+KINDS = pytest.mark.parametrize("family", ["sdar", "llada", "Dream"])
 PAIRS = {
     "prompt": [f"{i}+{i % 7}=" + " " * (i % 4) for i in range(12)],
     "completion": [f"{i + i % 7} is it" + "!" * (i % 5) for i in range(12)],
@@ -86,8 +88,9 @@ def assert_same(got, expected, atol=1e-6):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def test_training_learns_and_logs(tmp_path):
-    trainer = make_trainer(tmp_path, num_train_epochs=12)
+@KINDS
+def test_training_learns_and_logs(tmp_path, family):
+    trainer = make_trainer(tmp_path, model=make_model(family), num_train_epochs=12)
     before = weights(trainer)
     trainer.train()
     assert all((after - before[name]).abs().max() > 0 for name, after in weights(trainer).items())
@@ -99,7 +102,7 @@ def test_training_learns_and_logs(tmp_path):
     assert logs[-1]["num_tokens"] == 12 * per_epoch
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "2503.09573" in card and "Diffusion SFT" in card and "dllm_trl" in card
+    assert {"sdar": "2503.09573"}.get(family, "2502.09992") in card and "Diffusion SFT" in card and "dllm_trl" in card
 
 
 def dense_loss(model, rows, round_, block_length):
@@ -137,12 +140,14 @@ def test_loss_is_block_diffusions(tmp_path, block_length):
         torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-5, atol=1e-6)
 
 
+@KINDS
 @pytest.mark.parametrize("loss_norm", ["token", "sequence", "batch"])
-def test_accumulation_does_not_change_the_step(tmp_path, loss_norm):
+def test_accumulation_does_not_change_the_step(tmp_path, family, loss_norm):
     results = []
     for batch, steps in ((4, 1), (2, 2), (1, 4)):
         trainer = make_trainer(
             tmp_path,
+            model=make_model(family),
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=steps,
             max_steps=3,
@@ -174,23 +179,46 @@ def launch(output_dir, processes, **options):
     return load_file(output_dir / "model.safetensors"), [entry["loss"] for entry in log if "loss" in entry]
 
 
-def test_two_processes_equal_one_with_accumulation(tmp_path):
-    options = {"max_steps": 3, "per_device_train_batch_size": 2, "optim": "sgd", "save_strategy": "no"}
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "objective"), [("sdar", None), ("llada", None), ("Dream", None), ("llada", "trace"), ("sdar", "trace")]
+)
+def test_two_processes_equal_one_with_accumulation(tmp_path, family, objective):
+    options = {
+        "objective": objective,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "optim": "sgd",
+        "save_strategy": "no",
+        "family": family,
+    }
     expected, losses = launch(tmp_path / "one", 1, gradient_accumulation_steps=4, **options)
     got, others = launch(tmp_path / "two", 2, gradient_accumulation_steps=2, **options)
     assert len(losses) == 3 and others == pytest.approx(losses, rel=1e-4)
     assert_same(got, expected)
 
 
-def test_resumed_run_ends_with_the_same_weights(tmp_path):
+@KINDS
+def test_resumed_run_ends_with_the_same_weights(tmp_path, family):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
-    straight = make_trainer(tmp_path / "straight", **options)
+    straight = make_trainer(tmp_path / "straight", model=make_model(family), **options)
     straight.train()
-    resumed = make_trainer(tmp_path / "resumed", model=make_model(seed=1), **options)
+    resumed = make_trainer(tmp_path / "resumed", model=make_model(family, seed=1), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
     assert_same(weights(resumed), weights(straight), atol=1e-7)
     a, b = ([log["loss"] for log in t.state.log_history if "loss" in log] for t in (straight, resumed))
     assert a == b
+
+
+def test_best_model_is_loaded_at_the_end(tmp_path):
+    """LLaDA's weights have other names in a checkpoint than in memory."""
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "num_tokens", "greater_is_better": False}
+    trainer = make_trainer(tmp_path, model=make_model("llada"), eval_data=PAIRS, **options)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-1")
+    assert_same(weights(trainer), dict(type(trainer.model).from_pretrained(best).named_parameters()), atol=0)
 
 
 def test_steps_and_seeds_corrupt_differently(tmp_path):
@@ -219,8 +247,9 @@ def test_noise_options(tmp_path, noise_per, antithetic):
         assert (strata == list(range(12))) == antithetic
 
 
-def test_dft_weights_by_probability(tmp_path):
-    plain, dft = make_trainer(tmp_path), make_trainer(tmp_path, loss_type="dft")
+@KINDS
+def test_dft_weights_by_probability(tmp_path, family):
+    plain, dft = (make_trainer(tmp_path, model=make_model(family), loss_type=kind) for kind in ("nll", "dft"))
     batch = batch_of(plain, 0, 1)
     with torch.no_grad():
         assert 0 < dft.compute_loss(dft.model, batch) < plain.compute_loss(plain.model, batch)
@@ -315,9 +344,10 @@ def test_marked_template_renders_the_same(tokenizers_dir):
     assert mark_assistant("{{ messages }}") is None and mark_assistant(None) is None
 
 
-def test_packed_documents_give_the_loss_of_their_rows(tmp_path):
-    padded = make_trainer(tmp_path)
-    packed = make_trainer(tmp_path, packing=True, max_length=40)
+@KINDS
+def test_packed_documents_give_the_loss_of_their_rows(tmp_path, family):
+    padded = make_trainer(tmp_path, model=make_model(family))
+    packed = make_trainer(tmp_path, model=make_model(family), packing=True, max_length=40)
     assert len(packed.train_dataset) < len(padded.train_dataset)
     batch = batch_of(packed, *range(len(packed.train_dataset)))
     assert batch["input_ids"].size(0) == 1
@@ -328,9 +358,10 @@ def test_packed_documents_give_the_loss_of_their_rows(tmp_path):
     packed.train()
 
 
-def test_padding_free_gives_the_loss_of_padded_rows(tmp_path):
-    padded = make_trainer(tmp_path)
-    free = make_trainer(tmp_path, padding_free=True, max_length=None)
+@KINDS
+def test_padding_free_gives_the_loss_of_padded_rows(tmp_path, family):
+    padded = make_trainer(tmp_path, model=make_model(family))
+    free = make_trainer(tmp_path, model=make_model(family), padding_free=True, max_length=None)
     with torch.no_grad():
         losses = [t.compute_loss(t.model, batch_of(t, 1, 4, 7)) for t in (padded, free)]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
@@ -346,16 +377,19 @@ def test_wrapped_packing_trains_chunks_as_sequences(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_evaluation_is_repeatable(tmp_path):
-    trainer = make_trainer(tmp_path, eval_data=PAIRS, per_device_eval_batch_size=4, loss_norm="sequence")
+@KINDS
+def test_evaluation_is_repeatable(tmp_path, family):
+    options = {"eval_data": PAIRS, "loss_norm": "sequence"}
+    trainer = make_trainer(tmp_path, model=make_model(family), per_device_eval_batch_size=4, **options)
     first = trainer.evaluate()
     assert trainer.evaluate()["eval_loss"] == first["eval_loss"]
     assert {"eval_entropy", "eval_mean_token_accuracy"} <= set(first)
-    other = make_trainer(tmp_path, eval_data=PAIRS, per_device_eval_batch_size=2, loss_norm="sequence")
+    other = make_trainer(tmp_path, model=make_model(family), per_device_eval_batch_size=2, **options)
     assert other.evaluate()["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-5)
 
 
-def test_metrics_get_real_logits(tmp_path):
+@KINDS
+def test_metrics_get_real_logits(tmp_path, family):
     seen = {}
 
     def compute_metrics(prediction):
@@ -365,7 +399,7 @@ def test_metrics_get_real_logits(tmp_path):
         return {"hits": (logits.argmax(-1) == labels)[scored].float().mean().item()}
 
     options = {"eval_data": PAIRS, "per_device_eval_batch_size": 12, "eos_fill": False}
-    trainer = make_trainer(tmp_path, compute_metrics=compute_metrics, **options)
+    trainer = make_trainer(tmp_path, model=make_model(family), compute_metrics=compute_metrics, **options)
     metrics = trainer.evaluate()
     assert metrics["eval_hits"] == pytest.approx(metrics["eval_mean_token_accuracy"], abs=1e-6)
     rows = trainer._rows(batch_of(trainer, *range(12)))
@@ -392,9 +426,11 @@ def test_model_as_string(tmp_path):
         torch.testing.assert_close(loss, other.compute_loss(other.model, batch_of(other, 0, 1)))
 
 
-def test_lora_trains_the_adapter_only(tmp_path):
+@KINDS
+def test_lora_trains_the_adapter_only(tmp_path, family):
     peft = pytest.importorskip("peft")
-    trainer = make_trainer(tmp_path, peft_config=peft.LoraConfig(r=4, init_lora_weights=False), max_steps=2)
+    adapter = peft.LoraConfig(r=4, init_lora_weights=False)
+    trainer = make_trainer(tmp_path, model=make_model(family), peft_config=adapter, max_steps=2)
     before = weights(trainer)
     trainer.train()
     changed = {name for name, after in weights(trainer).items() if (after - before[name]).abs().max() > 0}
@@ -412,17 +448,25 @@ def test_moe_adds_the_load_balancing_loss(tmp_path):
     with torch.no_grad():
         losses, logged = [], None
         for coefficient in (0.0, 0.5):
-            trainer = make_trainer(tmp_path, model=make_model(moe=True), router_aux_loss_coef=coefficient)
+            trainer = make_trainer(tmp_path, model=make_model("sdar_moe"), router_aux_loss_coef=coefficient)
             losses.append(trainer.compute_loss(trainer.model, batch_of(trainer, 0, 1)))
             logged = trainer._metrics["train"].get("aux_loss") or trainer._metrics["eval"].get("aux_loss")
     assert logged[0] > 0
     torch.testing.assert_close(losses[1] - losses[0], torch.tensor(0.5 * logged[0]), rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
+@KINDS
+def test_gradient_checkpointing_changes_nothing(tmp_path, family):
     results = []
     for flag in (False, True):
-        trainer = make_trainer(tmp_path, gradient_checkpointing=flag, max_steps=1, optim="sgd", learning_rate=0.1)
+        trainer = make_trainer(
+            tmp_path,
+            model=make_model(family),
+            gradient_checkpointing=flag,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.1,
+        )
         trainer.train()
         results.append(weights(trainer))
     assert_same(results[1], results[0])
@@ -465,7 +509,7 @@ def test_bad_options_are_refused(tmp_path, options, message):
 
 
 def test_unknown_objective_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`objective` must be a callable or one of \['block'.*'blocks'"):
+    with pytest.raises(ValueError, match=r"`objective` must be a callable or one of \['ar', 'block'.*'blocks'"):
         make_trainer(tmp_path, objective="blocks")
 
 

@@ -78,7 +78,7 @@ def warnings_of(caplog):
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 def test_training_changes_every_parameter(tmp_path, moe):
-    trainer = make_trainer(tmp_path, make_model(moe))
+    trainer = make_trainer(tmp_path, make_model("sdar_moe" if moe else "sdar"))
     before = weights(trainer.model)
     trainer.train()
     assert changed(trainer, before) == set(before)

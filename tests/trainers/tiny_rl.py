@@ -3,9 +3,10 @@
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import dllm_trl  # noqa: F401  (registers the families)
+from dllm_trl._compat import load_class
+from dllm_trl.modeling import FAMILIES, NAMESAKES
 
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=.,:?!\n"
@@ -37,29 +38,54 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(moe: bool = False, seed: int = 0, **overrides):
+# Every family of FAMILIES and NAMESAKES, under its name there (which a test checks).
+_LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+TINY = {
+    "sdar": {**_LLAMA_LIKE, "head_dim": 8, "block_size": 4},
+    "sdar_moe": {**_LLAMA_LIKE, "head_dim": 8, "block_size": 4, **_EXPERTS},
+    "Dream": _LLAMA_LIKE,
+    "llada": {**_LLAMA_LIKE, "num_key_value_heads": 4},
+    "mmada": {**_LLAMA_LIKE, "num_key_value_heads": 4, "llm_vocab_size": len(SPECIAL) + len(CHARACTERS)},
+    "Fast_dLLM_Qwen": {**_LLAMA_LIKE, "block_size": 4},
+    "llada2_moe": {
+        **{**_LLAMA_LIKE, "head_dim": 8, "block_size": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1, "n_group": 2, "topk_group": 1},
+    },
+    "DreamForCausalLM": {**_LLAMA_LIKE, "head_dim": 8, "block_size": 4},
+    "LLaDAMoEModelLM": {**_LLAMA_LIKE, **_EXPERTS},
+}
+IMAGE_CODES = {"mmada": 5}  # rows of the vocabulary that no text holds
+
+
+def config_class(family: str) -> type:
+    """The config class of a model type, or of an entry of `architectures` where several share one."""
+    return load_class(
+        {**FAMILIES, **{key: path for paths in NAMESAKES.values() for key, path in paths.items()}}[family]
+    )
+
+
+def make_model(family: str = "sdar", seed: int = 0, **overrides):
     """Random weights, large enough that probabilities are far from uniform. Every row of the vocabulary has a
     token."""
     values = {
-        "vocab_size": len(SPECIAL) + len(CHARACTERS),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.2,
-        "block_size": 4,
+        **TINY[family],
+        "vocab_size": len(SPECIAL) + len(CHARACTERS) + IMAGE_CODES.get(family, 0),
         "mask_token_id": 2,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": None,
         "tie_word_embeddings": False,
     }
-    if moe:
-        values |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
-    config = AutoConfig.for_model("sdar_moe" if moe else "sdar", **(values | overrides))
+    config = config_class(family)(**(values | overrides))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = EOS_IDS

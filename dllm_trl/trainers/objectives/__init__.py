@@ -21,6 +21,8 @@ class Objective(Protocol):
 
     `replays_rollout = True` promises that every token is scored once and in exactly the context it was committed in,
     so that rollout log-probabilities can be compared with the trainer's. Without the attribute, the answer is no.
+
+    `attentions`, a tuple of `"block"` and `"full"`, says which kinds of attention it is for. Without it: both.
     """
 
     def __call__(self, batch: dict[str, torch.Tensor], block_length: int | None) -> list[Round]: ...

@@ -1,15 +1,16 @@
 """Block diffusion SFT (BD3LM, SDAR): every block is masked at its own noise level; a token's loss is divided by it."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ...types import Round
 
 
-def mask_probability(level: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
-    """Probability that a token of noise level `level` in [0, 1) is masked: `(1 - eps) * level + eps`, never 0."""
-    return (1 - eps) * level + eps
+def mask_probability(level: torch.Tensor, eps: float = 1e-3, largest: float = 1.0) -> torch.Tensor:
+    """Probability that a token of noise level `level` in [0, 1) is masked: from `eps`, never 0, to `largest`."""
+    return (largest - eps) * level + eps
 
 
 @dataclass
@@ -25,10 +26,15 @@ class BlockObjective:
             `"block"`: a noise level per block (BD3LM). `"sequence"`: one per sequence (SDAR's published training).
         eps (`float`, *optional*, defaults to `1e-3`):
             Smallest mask probability.
+        largest (`float`, *optional*, defaults to `1.0`):
+            Largest mask probability.
     """
+
+    attentions: ClassVar[tuple[str, ...]] = ("block",)
 
     noise_per: str = "block"
     eps: float = 1e-3
+    largest: float = 1.0
 
     def _units(self, batch: dict[str, torch.Tensor], block_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, R)` number of what shares a noise level, and of the block, both counted through the batch."""
@@ -57,7 +63,7 @@ class BlockObjective:
         scored = batch["scored"]
         unit, block = self._units(batch, block_length)
         _, index = torch.unique(unit[scored], return_inverse=True)
-        probability = mask_probability(batch["levels"], self.eps)[index]
+        probability = mask_probability(batch["levels"], self.eps, self.largest)[index]
 
         drawn = torch.zeros_like(scored)
         drawn[scored] = batch["uniform"] < probability

@@ -1,6 +1,7 @@
 """TraceRL: every response token is scored once, in the context it was committed in."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -63,6 +64,8 @@ def step_map_from_history(canvases: torch.Tensor, mask_token_id: int) -> torch.T
 @dataclass
 class TraceObjective:
     """The rounds of TraceRL as a training objective. `shrink` as in [`trace_rounds`]."""
+
+    attentions: ClassVar[tuple[str, ...]] = ("block", "full")
 
     shrink: int = 1
 

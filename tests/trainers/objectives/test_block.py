@@ -206,7 +206,7 @@ def test_names_and_callables():
     assert make_sft_objective(everything, noise_per="block") is everything
     rows = unpack_rows(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))
     assert num_levels(everything, rows, 4).tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"one of \['block'.*but is 'causal'"):
+    with pytest.raises(ValueError, match=r"one of \['ar', 'block'.*but is 'causal'"):
         make_sft_objective("causal")
     assert set(SFT_OBJECTIVES) >= {"block"}
 

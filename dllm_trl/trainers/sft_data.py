@@ -1,0 +1,133 @@
+"""What `DiffusionSFTTrainer` adds to TRL's datasets: columns checked early, and the column `step_map`."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import pack_dataset
+from trl.data_utils import get_dataset_column_names
+
+
+def check_columns(name: str, dataset, text_field: str) -> None:
+    """Raises if a dataset (or one of a dict of them) has none of the columns that TRL prepares."""
+    if dataset is None:
+        return
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_columns(f"{name}[{key!r}]", part, text_field)
+        return
+    columns = get_dataset_column_names(dataset)
+    known = ({"input_ids"}, {text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"})
+    if not any(needed <= set(columns) for needed in known):
+        raise ValueError(
+            f"`{name}` has only the columns {list(columns)}. Rename yours to `prompt` and `completion`, `messages` or "
+            f"`{text_field}` (`dataset_text_field`), or pass a `formatting_func`."
+        )
+
+
+def check_step_maps(name: str, dataset, objective) -> None:
+    """Raises if a dataset (or one of a dict of them) has no step maps."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_step_maps(f"{name}[{key!r}]", part, objective)
+    elif dataset is not None and "step_map" not in get_dataset_column_names(dataset):
+        raise ValueError(
+            f"`{name}` has no column `step_map`, which `objective={objective!r}` trains on: for each token the "
+            "denoising step that committed it. `generate_rollouts` records it."
+        )
+
+
+def prepare_step_maps(prepare: Callable, dataset, processing_class, args, packing: bool, formatting_func, name: str):
+    """
+    TRL's preparation of a dataset with a column `step_map`, which is aligned with the tokens once they are known and
+    truncated and packed with them. `prepare` is TRL's method.
+    """
+    if packing and args.packing_strategy != "bfd":
+        raise ValueError(
+            f"`packing_strategy={args.packing_strategy!r}` cuts responses into pieces, whose `step_map` would mean "
+            "nothing. Use `packing_strategy='bfd'`."
+        )
+    options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+    columns = set(get_dataset_column_names(dataset))
+    tokenized = {"input_ids", "completion_mask"} <= columns and "labels" not in columns
+    if tokenized and args.completion_only_loss is not False:
+        dataset = dataset.map(_label_completion, **options)
+    plain = copy.copy(args)
+    plain.max_length, plain.shuffle_dataset = None, False
+    dataset = prepare(dataset, processing_class, plain, False, formatting_func, name)
+    dataset = dataset.map(_align, with_indices=True, fn_kwargs={"name": name}, **options)
+    if packing:
+        if args.max_length is None:
+            raise ValueError("When packing is enabled, `max_length` can't be `None`.")
+        dataset = dataset.select_columns(["input_ids", "labels", "step_map"])
+        if args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=args.seed)
+        dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, options)
+    elif args.max_length is not None:
+        kept = {"start": 0, "stop": args.max_length}
+        if args.truncation_mode == "keep_end":
+            kept = {"start": -args.max_length, "stop": None}
+        dataset = dataset.map(_truncate, fn_kwargs=kept, **options).filter(_trains_something, **options)
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+def _label_completion(row: dict) -> dict:
+    pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
+    return {"labels": [token if trained else -100 for token, trained in pairs]}
+
+
+def _align(row: dict, index: int, name: str) -> dict:
+    """The step map with -1 for the prompt."""
+    steps, tokens = row["step_map"], len(row["input_ids"])
+    prompt = next((i for i, label in enumerate(row["labels"]) if label != -100), tokens)
+    if len(steps) == tokens:
+        return {"step_map": steps}
+    if len(steps) != tokens - prompt:
+        raise ValueError(
+            f"Row {index} of the {name} dataset: `step_map` has {len(steps)} entries, but the row has "
+            f"{tokens - prompt} completion tokens ({tokens} with the prompt). Text that is tokenized again need not "
+            "give the tokens of the rollout, and templates and EOS add to it. Store token ids: `input_ids`, "
+            "`completion_mask` and `step_map` of equal length."
+        )
+    return {"step_map": [-1] * prompt + steps}
+
+
+def _truncate(row: dict, start: int, stop: int | None) -> dict:
+    return {name: row[name][start:stop] for name in ("input_ids", "labels", "step_map")}
+
+
+def _trains_something(row: dict) -> bool:
+    return any(label != -100 and step >= 0 for label, step in zip(row["labels"], row["step_map"], strict=True))
+
+
+@dataclass
+class StepMapCollator:
+    """A collator's batch, with `step_map` of the shape of `input_ids` if the rows have one, -1 for padding."""
+
+    collator: Callable[[list[dict]], dict[str, Any]]
+    required: bool = True
+
+    def __call__(self, examples: list[dict]) -> dict[str, Any]:
+        if "step_map" not in examples[0]:
+            if self.required:
+                raise ValueError("The dataset has no column `step_map`, which the objective trains on.")
+            return self.collator(examples)
+        step_maps = [torch.as_tensor(example["step_map"], dtype=torch.long) for example in examples]
+        batch = self.collator([{k: v for k, v in row.items() if k != "step_map"} for row in examples])
+        for row, steps in zip(examples, step_maps, strict=True):
+            if len(steps) != len(row["input_ids"]):
+                raise ValueError(
+                    f"`step_map` has {len(steps)} entries for {len(row['input_ids'])} `input_ids`. With "
+                    "`skip_prepare_dataset` they must be of equal length, -1 for the prompt."
+                )
+        steps = torch.cat(step_maps)
+        batch["step_map"] = torch.full_like(batch["input_ids"], -1)
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            batch["step_map"][mask.bool()] = steps
+        else:  # one flat row; what a multiple adds lies behind it
+            batch["step_map"][0, : len(steps)] = steps
+        return batch
