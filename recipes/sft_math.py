@@ -1,7 +1,8 @@
 """
-Block diffusion SFT on math problems with solutions.
+SFT on math problems with solutions, and on programming problems just the same.
 
     accelerate launch recipes/sft_math.py --config recipes/configs/sdar-4b/math_sft.yaml
+    accelerate launch recipes/sft_math.py --config recipes/configs/dream-7b/code_sft.yaml
 
 On other problems, from the Hub or a file (`--help` lists all arguments):
 
@@ -14,41 +15,43 @@ With no model and no dataset, a tiny model is made and fine-tuned on word proble
 
 import sys
 
-from _math_data import (
-    MathArguments,
+from _data import (
+    DataArguments,
     check_names,
     drop_long_prompts,
     load_table,
+    load_tokenizer,
     make_parser,
     names_nothing,
+    open_answers,
     to_examples,
 )
-from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer
 
 
-def main(math_args: MathArguments, training_args: DiffusionSFTConfig, model_args: ModelConfig) -> None:
-    check_names(math_args, model_args.model_name_or_path)
+def main(data_args: DataArguments, training_args: DiffusionSFTConfig, model_args: ModelConfig) -> None:
+    check_names(data_args, model_args.model_name_or_path)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, data_args.chat_template)
 
     def load(split: str):
-        dataset = load_table(math_args.dataset_name, math_args.dataset_config, split)
-        dataset = to_examples(dataset, math_args.instruction)
-        return drop_long_prompts(dataset, tokenizer, math_args.max_prompt_length)
+        dataset = load_table(data_args.dataset_name, data_args.dataset_config, split)
+        dataset = to_examples(dataset, data_args.instruction)
+        dataset = open_answers(dataset, tokenizer, data_args.generation_prompt)
+        return drop_long_prompts(dataset, tokenizer, data_args.max_prompt_length)
 
     trainer = DiffusionSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load(math_args.dataset_train_split),
-        eval_dataset=load(math_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        train_dataset=load(data_args.dataset_train_split),
+        eval_dataset=load(data_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
@@ -56,7 +59,7 @@ def main(math_args: MathArguments, training_args: DiffusionSFTConfig, model_args
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=math_args.dataset_name)
+        trainer.push_to_hub(dataset_name=data_args.dataset_name)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # leaves the process group before the interpreter ends
 

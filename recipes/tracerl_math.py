@@ -16,16 +16,17 @@ With no model and no dataset, a tiny model is made, fine-tuned and trained on wo
 
 import sys
 
-from _math_data import (
-    MathArguments,
+from _data import (
+    DataArguments,
     check_names,
     drop_long_prompts,
     load_table,
+    load_tokenizer,
     make_parser,
     names_nothing,
+    open_answers,
     to_prompts,
 )
-from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dllm_trl import TraceRLConfig, TraceRLTrainer
@@ -35,28 +36,42 @@ from dllm_trl.rewards import format_reward, math_reward
 REWARDS = {"math": math_reward, "format": format_reward}
 
 
-def main(math_args: MathArguments, training_args: TraceRLConfig, model_args: ModelConfig) -> None:
-    check_names(math_args, model_args.model_name_or_path)
+def find_rewards(names: list[str]) -> list:
+    """The reward functions of those names."""
+    if "code" in names:
+        raise ValueError(
+            "`reward_funcs=['code']` is not available yet: programs must run in a sandbox, which is still missing. "
+            "Train on math, or write your own reward function into a copy of this recipe."
+        )
+    for name in names:
+        if name not in REWARDS:
+            raise ValueError(f"`reward_funcs` must be among {sorted(REWARDS)}, but has {name!r}.")
+    return [REWARDS[name] for name in names]
+
+
+def main(data_args: DataArguments, training_args: TraceRLConfig, model_args: ModelConfig) -> None:
+    check_names(data_args, model_args.model_name_or_path)
+    reward_funcs = find_rewards(data_args.reward_funcs)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, data_args.chat_template)
 
     def load(split: str):
-        dataset = to_prompts(
-            load_table(math_args.dataset_name, math_args.dataset_config, split), math_args.instruction
-        )
-        return drop_long_prompts(dataset, tokenizer, math_args.max_prompt_length)
+        dataset = load_table(data_args.dataset_name, data_args.dataset_config, split)
+        dataset = to_prompts(dataset, data_args.instruction)
+        dataset = open_answers(dataset, tokenizer, data_args.generation_prompt)
+        return drop_long_prompts(dataset, tokenizer, data_args.max_prompt_length)
 
     trainer = TraceRLTrainer(
         model=model_args.model_name_or_path,
-        reward_funcs=[REWARDS[name] for name in math_args.reward_funcs],
+        reward_funcs=reward_funcs,
         args=training_args,
-        train_dataset=load(math_args.dataset_train_split),
-        eval_dataset=load(math_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        train_dataset=load(data_args.dataset_train_split),
+        eval_dataset=load(data_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
@@ -64,7 +79,7 @@ def main(math_args: MathArguments, training_args: TraceRLConfig, model_args: Mod
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=math_args.dataset_name)
+        trainer.push_to_hub(dataset_name=data_args.dataset_name)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # leaves the process group before the interpreter ends
 

@@ -11,14 +11,19 @@ import pytest
 import sft_math
 import tracerl_math
 import yaml
-from _math_data import make_parser
+from _data import make_parser
 from _word_problems import make_model, make_problems, make_tokenizer
 from random_model import make_random_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config
 
 import dllm_trl
-from dllm_trl import DiffusionSFTConfig, TraceRLConfig
+from dllm_trl import DiffusionGenerationConfig, DiffusionSFTConfig, TraceRLConfig
+from dllm_trl.modeling import FAMILIES
+from dllm_trl.trainers.objectives.sft import SFT_OBJECTIVES
+
+from ..trainers.tiny_rl import make_model as make_tiny_model
+from ..trainers.tiny_rl import make_tokenizer as make_tiny_tokenizer
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -61,35 +66,177 @@ def problems_file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "path", sorted(RECIPES.glob("configs/*/math*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}"
-)
-def test_configs_parse(path):
+PUBLISHED = sorted(path for path in RECIPES.glob("configs/*/*.yaml") if path.parent.name != "tiny")
+FAMILY = {  # what the names of the folders stand for
+    "sdar-1.7b": ("sdar", "JetLM/SDAR-1.7B-Chat"),
+    "sdar-4b": ("sdar", "JetLM/SDAR-4B-Chat"),
+    "trado-4b": ("sdar", "Gen-Verse/TraDo-4B-Instruct"),
+    "trado-8b": ("sdar", "Gen-Verse/TraDo-8B-Instruct"),
+    "trado-8b-thinking": ("sdar", "Gen-Verse/TraDo-8B-Thinking"),
+    "llada-8b": ("llada", "GSAI-ML/LLaDA-8B-Instruct"),
+    "mmada-8b": ("mmada", "Gen-Verse/MMaDA-8B-MixCoT"),
+    "dream-7b": ("Dream", "Dream-org/Dream-v0-Instruct-7B"),
+    "diffucoder-7b": ("Dream", "apple/DiffuCoder-7B-Instruct"),
+}
+POSITIONS = {"sdar": 32768, "llada": 4096, "mmada": 4096, "Dream": 131072}  # of the published models
+
+
+def configs(*patterns: str) -> pytest.MarkDecorator:
+    paths = [path for path in PUBLISHED if any(map(path.match, patterns))]
+    return pytest.mark.parametrize("path", paths, ids=[f"{path.parent.name}/{path.stem}" for path in paths])
+
+
+def parse(path: Path):
     """On a machine without accelerator `bf16` is refused, so that is overridden, and nothing else."""
     config_class = DiffusionSFTConfig if path.stem.endswith("sft") else TraceRLConfig
-    math_args, training_args, model_args = make_parser(config_class).parse_args_and_config(
-        ["--config", str(path), "--use_cpu", "--bf16", "false"]
-    )
-    assert math_args.dataset_name and model_args.model_name_or_path
+    return make_parser(config_class).parse_args_and_config(["--config", str(path), "--use_cpu", "--bf16", "false"])
+
+
+def attention(path: Path) -> str:
+    return AutoConfig.for_model(FAMILY[path.parent.name][0]).diffusion_attention
+
+
+def test_every_model_has_every_task():
+    names = ("llada-8b", "dream-7b", "diffucoder-7b", "mmada-8b", "sdar-4b", "trado-8b", "trado-8b-thinking")
+    tasks = ("math.yaml", "code.yaml", "math_sft.yaml", "code_sft.yaml")
+    assert {RECIPES / "configs" / name / task for name in names for task in tasks} <= set(PUBLISHED)
+
+
+@configs("*.yaml")
+def test_configs_parse(path):
+    parsed = parse(path)
     values = yaml.safe_load(path.read_text())
-    for args in (math_args, training_args, model_args):
+    for args in parsed:
         for name in values.keys() & vars(args).keys() - {"bf16", "report_to"}:
             assert getattr(args, name) == values.pop(name), name
-    assert set(values) == {"bf16", "report_to"} and training_args.report_to == []
+    assert set(values) == {"bf16", "report_to"} and parsed[1].report_to == []
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("configs/*/math.yaml")), ids=lambda p: p.parent.name)
-def test_configs_are_the_papers(path):
-    (_, args, _) = make_parser(TraceRLConfig).parse_args_and_config(
-        ["--config", str(path), "--use_cpu", "--bf16", "false"]
-    )
-    assert (args.epsilon, args.beta, args.kl_target) == (0.2, 0.01, "old")
-    assert (args.learning_rate, str(args.lr_scheduler_type.value), args.max_grad_norm) == (1e-6, "constant", 1.0)
-    assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.999)
-    assert args.num_generations == 16 and args.generation_batch_size == 64 * 16
-    assert (args.temperature, args.top_k, args.block_length, args.shrink) == (1.0, 0, 4, 1)
-    assert (args.max_completion_length, args.confidence_threshold) == (2000, 0.9)
+@configs("*.yaml")
+def test_configs_name_their_model_and_data(path):
+    data_args, training_args, model_args = parse(path)
+    family, model = FAMILY[path.parent.name]
+    assert model_args.model_name_or_path == model and family in FAMILIES
+    assert data_args.dataset_name
+    assert training_args.output_dir == f"runs/{path.parent.name}-{path.stem.replace('_', '-')}"
+    if data_args.chat_template is not None:
+        assert (RECIPES.parent / data_args.chat_template).is_file()
+    assert (data_args.chat_template is not None) == (family == "mmada")
+    assert (data_args.generation_prompt == "<|im_start|>assistant<think>\n") == path.parent.name.endswith("thinking")
+
+
+@configs("*_sft.yaml")
+def test_sft_configs_are_the_references(path):
+    _, args, _ = parse(path)
+    assert attention(path) in SFT_OBJECTIVES[args.objective].attentions
+    expected = {"sdar": "block", "llada": "random_mask", "mmada": "random_mask", "Dream": "semi_ar"}
+    assert args.objective == expected[FAMILY[path.parent.name][0]]
+    assert args.block_length == {"block": 4, "random_mask": None, "semi_ar": 16}[args.objective]
+    if args.objective == "random_mask":
+        assert (args.weighting, args.noise_eps, args.noise_max) == ("mean", 0.1, 0.9)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 128
+    assert args.learning_rate == 1e-5 and args.num_train_epochs == 1
+    assert args.max_length <= POSITIONS[FAMILY[path.parent.name][0]]
+
+
+@configs("*.yaml")
+def test_optimizer_is_the_references(path):
+    _, args, _ = parse(path)
+    assert (args.optim.value, args.adam_beta1, args.adam_beta2, args.weight_decay) == ("adamw_torch", 0.9, 0.999, 0)
+    assert (args.lr_scheduler_type.value, args.max_grad_norm) == ("constant", 1.0)
+    assert not args.warmup_steps
+
+
+@configs("math.yaml", "code.yaml")
+def test_rl_configs_are_the_papers(path):
+    data_args, args, _ = parse(path)
+    # Whole groups, also when 8 processes share the batch, as the accelerate configurations do
+    assert args.generation_batch_size % (8 * args.per_device_train_batch_size) == 0
+    assert data_args.reward_funcs == [path.stem]
+    assert (args.epsilon, args.beta, args.kl_target, args.num_iterations) == (0.2, 0.01, "old", 1)
+    assert args.learning_rate == 1e-6
     assert (args.overlong_slack, args.accuracy_range, args.scale_rewards) == (5, [0.2, 0.8], "population")
+    family, thinking = FAMILY[path.parent.name][0], path.parent.name.endswith("thinking")
+    length = data_args.max_prompt_length + args.max_completion_length
+    assert length <= POSITIONS[family]
+    if attention(path) == "block":
+        assert args.num_generations == 16 and args.generation_batch_size == 64 * 16
+        assert (args.temperature, args.top_k, args.top_p, args.shrink) == (1.0, 0, 1.0, 1)
+        assert (args.block_length, args.denoising_steps) == (4, 4)
+        assert (args.remasking_strategy, args.confidence_threshold) == ("low_confidence_dynamic", 0.9)
+        assert (data_args.max_prompt_length, args.max_completion_length) == (784, 10000 if thinking else 2000)
+        assert args.cache is None and not args.generation_kwargs
+    else:
+        assert args.num_generations == 8 and args.generation_batch_size == 32 * 8
+        assert (args.temperature, args.shrink, args.block_length) == (0.8, 8, 32)
+        assert (args.top_p, args.top_k) == ((0.9, 50) if family == "Dream" else (1.0, 0))
+        assert args.max_completion_length == (1024 if family == "Dream" else 512)
+        assert args.denoising_steps == 32
+        assert args.remasking_strategy == "low_confidence_static" and data_args.max_prompt_length == 512
+        generation = DiffusionGenerationConfig(cache=args.cache, **args.generation_kwargs)
+        assert generation.refresh_interval == (32 if family == "Dream" else 128)
+
+
+SMALL = {  # what a tiny model on one core needs of a configuration for eight GPUs, and nothing else
+    "max_steps": 1,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "bf16": "false",
+    "logging_steps": 1,
+    "save_steps": 1,
+}
+
+
+def run_small(path: Path, tmp_path: Path, monkeypatch, main, config_class, data: list[dict], **more) -> dict:
+    """One step of a configuration with a tiny model of its family. Returns the log."""
+    monkeypatch.chdir(RECIPES.parent)
+    family, _ = FAMILY[path.parent.name]
+    model = make_tiny_model(family, max_position_embeddings=20_000)
+    model.generation_config.eos_token_id = list(range(6, 32))  # letters, so that every response ends
+    model.save_pretrained(tmp_path)
+    make_tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, data)))
+    names = {"model_name_or_path": tmp_path, "dataset_name": tmp_path / "data.jsonl", "output_dir": tmp_path / "out"}
+    options = [f"--{name}={value}" for name, value in {**SMALL, **names, **more}.items()]
+    args = ["--config", str(path), "--use_cpu", *options, "--dtype", "float32"]
+    if "sft" in path.stem and path.parent.name.endswith("thinking"):
+        args += ["--eos_token", "<eos>"]  # the tiny tokenizer has no other
+    main(*make_parser(config_class).parse_args_and_config(args))
+    return json.loads((tmp_path / "out" / "checkpoint-1" / "trainer_state.json").read_text())["log_history"][0]
+
+
+@configs("*_sft.yaml")
+def test_sft_configs_train(path, tmp_path, monkeypatch):
+    data = yaml.safe_load(path.read_text())
+    if "generation_prompt" in data:
+        answer = {"role": "assistant", "content": "<think>\n7 + 1\n</think>\n8"}
+        row = {"messages": [{"role": "user", "content": "Which?"}, answer]}
+    else:
+        row = {"problem": "1+1?", "solution": "```python\nprint(2)\n```"}
+    log = run_small(path, tmp_path, monkeypatch, sft_math.main, DiffusionSFTConfig, [row] * 4)
+    assert log["loss"] > 0
+
+
+@configs("math.yaml")
+def test_rl_configs_train(path, tmp_path, monkeypatch):
+    """The rewards differ within a group: something is learnt."""
+
+    def reward(completions, **kwargs):
+        return [float(i % 2) for i in range(len(completions))]
+
+    monkeypatch.setitem(tracerl_math.REWARDS, "math", reward)
+    data = [{"problem": "1+1?", "answer": "2"}] * 4
+    small = {"num_generations": 4, "max_completion_length": 64, "overlong_slack": 0}
+    log = run_small(path, tmp_path, monkeypatch, tracerl_math.main, TraceRLConfig, data, **small)
+    assert 0 < log["reward"] < 1 and log["grad_norm"] > 0
+
+
+def test_code_reward_is_not_there_yet(tmp_path):
+    with pytest.raises(ValueError, match="not available yet.*sandbox"):
+        tracerl_math.main(*parse(RECIPES / "configs" / "trado-8b" / "code.yaml"))
+    with pytest.raises(ValueError, match="'mth'"):
+        tracerl_math.find_rewards(["math", "mth"])
+    assert [f.__name__ for f in tracerl_math.find_rewards(["format", "math"])] == ["format_reward", "math_reward"]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("accelerate/*.yaml")), ids=lambda p: p.stem)
@@ -151,13 +298,48 @@ def test_tracerl_on_a_file(tmp_path, tiny_model, problems_file, peft, caplog):
     assert (tmp_path / ("adapter_model.safetensors" if peft else "model.safetensors")).is_file()
 
 
-def test_sft_on_a_file(tmp_path, tiny_model, problems_file):
+PROGRAM = "```python\nprint(int(input()) + 1)\n```"
+USER, ASSISTANT = {"role": "user", "content": "Leo adds 1."}, {"role": "assistant", "content": PROGRAM}
+SFT_ROWS = {
+    "problem": {"problem": "Leo adds 1.", "solution": PROGRAM},
+    "prompt": {"prompt": "Leo adds 1.", "solution": PROGRAM},
+    "messages": {"messages": [USER, ASSISTANT]},
+    "thinking": {"messages": [USER, ASSISTANT]},
+}
+
+
+@pytest.mark.parametrize("rows", ["math", *SFT_ROWS])
+def test_sft_on_a_file(tmp_path, tiny_model, problems_file, rows):
+    """Problems of both kinds, in every form that is understood."""
+    if rows != "math":
+        problems_file = tmp_path / "programs.jsonl"
+        problems_file.write_text("\n".join([json.dumps(SFT_ROWS[rows])] * 8))
     args = [
         *("--model_name_or_path", str(tiny_model), "--dataset_name", str(problems_file), "--instruction", ""),
         *("--max_length", "64", "--max_steps", "2", "--report_to", "none", "--output_dir", str(tmp_path), *CPU),
+        *(["--generation_prompt", "<|assistant|>We"] if rows == "thinking" else []),
     ]
     sft_math.main(*make_parser(DiffusionSFTConfig).parse_args_and_config(args))
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_tracerl_of_a_thinking_model(tmp_path, tiny_model, problems_file, monkeypatch):
+    seen = []
+
+    def spy(prompts: list, completions, **kwargs) -> list[float]:
+        seen.extend(prompts)
+        return [float(len(set(completion)) % 3) for completion in completions]
+
+    monkeypatch.setitem(tracerl_math.REWARDS, "math", spy)
+    args = [
+        *("--model_name_or_path", str(tiny_model), "--dataset_name", str(problems_file), "--instruction", ""),
+        *("--generation_prompt", "<|assistant|>We", "--max_steps", "1", "--num_generations", "4"),
+        *("--per_device_train_batch_size", "8", "--max_completion_length", "8", "--save_strategy", "no"),
+        *("--report_to", "none", "--output_dir", str(tmp_path), *CPU),
+    ]
+    tracerl_math.main(*make_parser(TraceRLConfig).parse_args_and_config(args))
+    assert len(seen) == 8
+    assert all(prompt.startswith("<|user|>") and prompt.endswith("<|assistant|>We") for prompt in seen)
 
 
 def test_sft_default(tmp_path, capsys):

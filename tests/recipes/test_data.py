@@ -1,7 +1,18 @@
 import json
+from pathlib import Path
 
 import pytest
-from _math_data import INSTRUCTION, drop_long_prompts, load_table, make_parser, names_nothing, to_examples, to_prompts
+from _data import (
+    INSTRUCTION,
+    drop_long_prompts,
+    load_table,
+    load_tokenizer,
+    make_parser,
+    names_nothing,
+    open_answers,
+    to_examples,
+    to_prompts,
+)
 from _word_problems import make_problems, make_tokenizer
 from datasets import Dataset
 
@@ -101,3 +112,86 @@ def test_one_name_alone_is_an_error(tmp_path):
     )
     with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
         tracerl_math.main(*parsed)
+
+
+THINK = "<|im_start|>assistant<think>\n"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chatml_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_instruction_around_the_problem():
+    dataset = Dataset.from_dict({"problem": ["Is {problem} a name?"], "answer": ["2"]})
+    prompt = to_prompts(dataset, instruction="Answer in \\boxed{}:\n{problem}\nNow.")[0]["prompt"]
+    assert prompt[0]["content"] == "Answer in \\boxed{}:\nIs {problem} a name?\nNow."
+
+
+def test_programs_have_tests_instead_of_answers():
+    columns = {"test_input": [["1\n"]], "test_output": [["2\n"]], "test_method": ["stdio"]}
+    row = to_prompts(Dataset.from_dict({"question": ["Add one."], **columns}))[0]
+    assert row["prompt"][0]["content"] == "Add one." + INSTRUCTION
+    assert {name: [row[name]] for name in columns} == columns
+    assert to_prompts(Dataset.from_dict({"question": ["?"], "ground_truth_answer": ["7"]}))[0]["answer"] == "7"
+
+
+@pytest.mark.parametrize("prompt", ["Write f.", [{"role": "user", "content": "Write f."}]])
+def test_prompts_with_solutions(prompt):
+    row = to_examples(Dataset.from_dict({"prompt": [prompt], "solution": ["def f(): pass"]}))[0]
+    assert row["prompt"] == prompt
+    assert row["completion"] == (
+        "def f(): pass" if isinstance(prompt, str) else [{"role": "assistant", "content": "def f(): pass"}]
+    )
+
+
+def test_a_thinking_model_starts_to_think():
+    """The prompt ends as TraDo-8B-Thinking's does, whatever the template says, and keeps the other columns."""
+    problems = to_prompts(Dataset.from_dict({"problem": ["1+1?"], "answer": ["2"]}), instruction=" Box it.")
+    row = open_answers(problems, chatml_tokenizer(), THINK)[0]
+    assert row == {"answer": "2", "prompt": "<|im_start|>user\n1+1? Box it.<|im_end|>\n" + THINK}
+    assert open_answers(problems, chatml_tokenizer(), None) is problems
+    text = Dataset.from_dict({"prompt": ["1+1="], "answer": ["2"]})
+    assert open_answers(text, chatml_tokenizer(), THINK) is text
+
+
+@pytest.mark.parametrize("answer", ["<think>\nTwo.\n</think>\n2", "Two.\n</think>\n2"])
+@pytest.mark.parametrize("column", ["messages", "completion"])
+def test_a_thinking_model_goes_on_from_there(answer, column):
+    """Where the answer begins with the end of the prompt, that is not said twice."""
+    user, assistant = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": answer}
+    rows = {"messages": [[user, assistant]]} if column == "messages" else {"prompt": [[user]], column: [[assistant]]}
+    row = open_answers(to_examples(Dataset.from_dict(rows)), chatml_tokenizer(), THINK)[0]
+    assert row == {
+        "prompt": "<|im_start|>user\n1+1?<|im_end|>\n" + THINK,
+        "completion": "Two.\n</think>\n2",
+    }
+
+
+def test_long_prompts_of_messages_are_left_out():
+    def conversation(text):
+        return [{"role": "user", "content": text}, {"role": "assistant", "content": "long " * 50}]
+
+    dataset = Dataset.from_dict({"messages": [conversation("Leo"), conversation("Leo " * 30)]})
+    assert drop_long_prompts(dataset, make_tokenizer(), 10).to_list() == dataset.to_list()[:1]
+
+
+def test_template_of_mmada(tmp_path):
+    """The numbers of characters and line breaks are those of the public code's template."""
+    make_tokenizer().save_pretrained(tmp_path)
+    path = Path(__file__).parents[2] / "recipes" / "templates" / "mmada.jinja"
+    tokenizer = load_tokenizer(str(tmp_path), None, str(path))
+    tokenizer.bos_token = "<bos>"
+    messages = [{"role": "user", "content": " Hi \n"}, {"role": "assistant", "content": "Ho"}]
+    start, end = "<|start_header_id|>", "<|end_header_id|>\n"
+    text = f"<bos>{start}user{end}Hi<|eot_id|>"
+    done = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert done == f"{text}{start}assistant{end}Ho<|eot_id|>"
+    asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert asked == f"{text}{start}assistant{end}"
+    assert load_tokenizer(str(tmp_path), None, None).chat_template == make_tokenizer().chat_template
