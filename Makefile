@@ -41,9 +41,11 @@ format: $(INSTALLED)  ## Repair style and formatting
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(INSTALLED)  ## Run the benchmarks: decoding, then one TraceRL step
+bench: $(INSTALLED)  ## Run the benchmarks: decoding, then TraceRL steps
 	OMP_NUM_THREADS=1 $(PY) benchmarks/decode.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/train_step.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/rounds_memory.py
+	OMP_NUM_THREADS=1 $(PY) benchmarks/decode_full.py
 
 docs: $(INSTALLED)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

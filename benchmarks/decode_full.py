@@ -1,0 +1,148 @@
+"""
+Full-attention decoding: what the approximate cache saves on a random LLaDA, and what a confidence threshold saves on a
+model that this script trains itself on a task with checkable answers. All sides in one run, one thread.
+
+    python benchmarks/decode_full.py --output benchmarks/results/decode_full.json
+"""
+
+import argparse
+import json
+import time
+
+import torch
+import torch.nn.functional as F
+from transformers import set_seed
+
+from dllm_trl.generation import DiffusionGenerationConfig, generate_rollouts
+from dllm_trl.modeling.llada import LLaDAConfig, LLaDAModelLM
+
+
+def llada(vocab_size: int, layers: int, hidden: int, **kwargs) -> LLaDAModelLM:
+    set_seed(0)
+    config = LLaDAConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        mask_token_id=vocab_size - 1,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        **kwargs,
+    )
+    return LLaDAModelLM(config).eval()
+
+
+def caches(batch: int, args) -> dict:
+    """`cache="dual"` against `"none"`: the same prompts, steps and quotas, in turns."""
+    model = llada(args.vocab, 4, 256, initializer_range=0.08)
+    generator = torch.Generator().manual_seed(batch)
+    sizes = torch.linspace(16, 64, batch).round().long().tolist()
+    prompts = [torch.randint(1, args.vocab - 1, (n,), generator=generator).tolist() for n in sizes]
+    times, forwards = {"none": [], "prefix": [], "dual": []}, {}
+    for _ in range(args.repeats):
+        for cache, measured in times.items():
+            config = DiffusionGenerationConfig(
+                max_new_tokens=args.length, block_length=args.block, cache=cache, do_sample=False, eos_token_id=-1
+            )
+            start = time.perf_counter()
+            rollout = generate_rollouts(model, prompts, config)
+            measured.append(time.perf_counter() - start)
+            forwards[cache] = int(rollout.num_forward_passes.sum())
+            assert (rollout.step_map >= 0).all()
+    assert len(set(forwards.values())) == 1, "the sides differ in their forwards"
+    fastest = {cache: min(measured) for cache, measured in times.items()}
+    return {
+        "batch": batch,
+        "dual_vs_none": fastest["none"] / fastest["dual"],
+        "prefix_vs_none": fastest["none"] / fastest["prefix"],
+        "tokens_per_s": {cache: batch * args.length / seconds for cache, seconds in fastest.items()},
+    }
+
+
+DIGITS, MASK = 10, 13  # ids 1 .. 10 are the digits, 11 is "=", 0 pads
+
+
+def questions(count: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Digits, and the digits that add up to 9 with them."""
+    digits = torch.randint(0, DIGITS, (count, length), generator=generator)
+    prompts = torch.cat([digits + 1, torch.full((count, 1), DIGITS + 1)], dim=1)
+    return prompts, DIGITS - digits
+
+
+def trained(length: int, steps: int) -> LLaDAModelLM:
+    """LLaDA's objective on random masks, until the answers are right when enough is known."""
+    model = llada(MASK + 1, 2, 64, initializer_range=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        prompts, answers = questions(64, length, generator)
+        level = torch.rand(len(answers), 1, generator=generator) * 0.95 + 0.05
+        masked = torch.rand(answers.shape, generator=generator) < level
+        noisy = torch.cat([prompts, answers.masked_fill(masked, MASK)], dim=1)
+        logits = model(input_ids=noisy).logits[:, prompts.size(1) :]
+        losses = F.cross_entropy(logits.transpose(1, 2), answers, reduction="none") * masked / level
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def threshold(args) -> list[dict]:
+    """One token per step against all tokens above 0.9: forwards and exact answers."""
+    length = args.digits
+    start = time.perf_counter()
+    model = trained(length, args.train_steps)
+    seconds = time.perf_counter() - start
+    prompts, answers = questions(args.questions, length, torch.Generator().manual_seed(1))
+    rows = []
+    for strategy in ("low_confidence_static", "low_confidence_dynamic"):
+        for cache in ("none", "dual"):
+            config = DiffusionGenerationConfig(
+                max_new_tokens=length,
+                block_length=length // 2,
+                remasking_strategy=strategy,
+                confidence_threshold=0.9,
+                cache=cache,
+                do_sample=False,
+                eos_token_id=-1,
+            )
+            rollout = generate_rollouts(model, prompts.tolist(), config)
+            right = (rollout.completion_ids == answers).all(-1).float().mean().item()
+            forwards = rollout.num_forward_passes.float().mean().item()
+            rows.append({"strategy": strategy, "cache": cache, "forwards": forwards, "accuracy": right})
+    return [{"train_seconds": seconds}, *rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--digits", type=int, default=12)
+    parser.add_argument("--train-steps", type=int, default=400)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--output", help="JSON file for the figures")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {"caches": [], "threshold": threshold(args)}
+    for row in results["threshold"]:
+        print(json.dumps(row), flush=True)
+    for batch in args.batch:
+        results["caches"].append(caches(batch, args))
+        print(json.dumps(results["caches"][-1]), flush=True)
+    if args.output:
+        with open(args.output, "w") as file:
+            json.dump({"torch": torch.__version__, "args": vars(args), **results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
