@@ -29,6 +29,7 @@ from _data import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer
+from dllm_trl.trainers.processes import end_processes
 
 
 def main(data_args: DataArguments, training_args: DiffusionSFTConfig, model_args: ModelConfig) -> None:
@@ -60,8 +61,7 @@ def main(data_args: DataArguments, training_args: DiffusionSFTConfig, model_args
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=data_args.dataset_name)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # leaves the process group before the interpreter ends
+    end_processes(trainer.accelerator)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dllm_trl import TraceRLConfig, TraceRLTrainer
 from dllm_trl.rewards import format_reward, math_reward
+from dllm_trl.trainers.processes import end_processes
 
 
 REWARDS = {"math": math_reward, "format": format_reward}
@@ -80,8 +81,7 @@ def main(data_args: DataArguments, training_args: TraceRLConfig, model_args: Mod
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=data_args.dataset_name)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # leaves the process group before the interpreter ends
+    end_processes(trainer.accelerator)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ class DiffusionSFTConfig(SFTConfig):
         block_length (`int`, *optional*):
             Block attention: tokens denoised together; `None` takes the model's `config.block_size`. Full attention:
             tokens of a slice of `objective="semi_ar"`, which needs it.
-        loss_norm (`str`, *optional*, defaults to `"token"`):
+        loss_norm (`str`, *optional*):
             What the weighted sum of negative log-likelihoods is divided by: `"token"`, the trained tokens of the whole
             batch; `"sequence"`, each sequence's own trained tokens, then averaged over sequences; `"batch"`, the
-            number of sequences. The batch is that of an optimizer step, over all processes.
+            number of sequences. The batch is that of an optimizer step, over all processes. `None`: `"sequence"` for
+            `objective="random_mask"` (LLaDA's loss) and `"semi_ar"` (a mean over each slice), else `"token"`.
         eos_fill (`bool`, *optional*):
             Whether documents that end are filled up with EOS tokens, which are masked, trained and counted like the
             others: decoding fills positions after EOS too. Block attention: to the end of the last block. Full
@@ -71,11 +72,12 @@ class DiffusionSFTConfig(SFTConfig):
             "of a slice of `objective='semi_ar'`."
         },
     )
-    loss_norm: str = field(
-        default="token",
+    loss_norm: str | None = field(
+        default=None,
         metadata={
             "help": "What the loss is divided by: trained tokens of the batch ('token'), of each sequence "
-            "('sequence'), or the number of sequences ('batch').",
+            "('sequence'), or the number of sequences ('batch'). `None`: 'sequence' for 'random_mask' and 'semi_ar', "
+            "else 'token'.",
             "choices": ["token", "sequence", "batch"],
         },
     )
@@ -137,7 +139,7 @@ class DiffusionSFTConfig(SFTConfig):
         if not 0 < self.cart_p <= 1:
             raise ValueError(f"`cart_p` must be larger than 0 and at most 1, but is {self.cart_p}.")
         choices = {
-            "loss_norm": ("token", "sequence", "batch"),
+            "loss_norm": (None, "token", "sequence", "batch"),
             "noise_per": ("block", "sequence"),
             "weighting": WEIGHTINGS,
         }

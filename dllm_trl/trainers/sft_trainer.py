@@ -156,6 +156,7 @@ class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFT
             shrink=args.shrink,
             block_length=args.block_length,
         )
+        self.loss_norm = args.loss_norm or getattr(self.objective, "loss_norm", "token")
         name = args.objective or DEFAULT_OBJECTIVES[config.diffusion_attention]
         self._paper = PAPERS.get(name, {}) if isinstance(name, str) else {}
         self._step_map = getattr(self.objective, "step_map", None)
@@ -312,7 +313,7 @@ class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFT
             (
                 num_levels(self.objective, rows, self._grid).sum(),
                 rows["scored"].sum(),
-                num_loss_items(rows["scored"].sum(1), self.args.loss_norm),
+                num_loss_items(rows["scored"].sum(1), self.loss_norm),
             )
             for rows in all_rows
         ]
@@ -366,7 +367,7 @@ class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFT
         weights = [torch.ones_like(r.scored, dtype=nll.dtype) if r.weight is None else r.weight for r in rounds]
         weight = torch.stack(weights)[packed.index].to(nll.device) if rounds else torch.ones_like(nll)
         num_trained = rows["scored"].sum(1)
-        loss = sft_loss(nll, weight, packed.index[1], num_trained, self.args.loss_norm, num_items_in_batch)
+        loss = sft_loss(nll, weight, packed.index[1], num_trained, self.loss_norm, num_items_in_batch)
         # As in TRL: the normaliser counts all processes, over which DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes

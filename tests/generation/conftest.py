@@ -1,46 +1,38 @@
 import pytest
 import torch
-from transformers import set_seed
 
-from dllm_trl.modeling.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
+from dllm_trl.generation.fused_forward import FusedForward
+from tests.trainers.tiny_rl import TINY, config_class, make_model
 
 
 VOCAB, MASK, PAD = 64, 63, 0
+BLOCK = [family for family in TINY if config_class(family).diffusion_attention == "block"]
+FULL = [family for family in TINY if config_class(family).diffusion_attention == "full"]
 
 
-def tiny_model(moe: bool = False, **kwargs):
-    """A random SDAR whose logits are wide enough that greedy decoding has no near-ties."""
-    set_seed(0)
-    config = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        mask_token_id=MASK,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=None,
-        **kwargs,
-    )
-    if moe:
-        moe_config = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
-        return SDARMoeForCausalLM(SDARMoeConfig(**config, **moe_config)).eval()
-    return SDARForCausalLM(SDARConfig(**config)).eval()
+def tiny_model(family: str = "sdar", **kwargs):
+    """A random model whose logits are wide enough that greedy decoding has no near-ties."""
+    sizes = {"vocab_size": VOCAB, "max_position_embeddings": 256, "initializer_range": 0.3}
+    ids = {"mask_token_id": MASK, "pad_token_id": PAD, "eos_token_id": None}
+    model = make_model(family, **{**sizes, **ids, **kwargs}).eval()
+    model.generation_config.eos_token_id = None
+    return model
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=BLOCK)
 def model(request):
-    return tiny_model(moe=request.param == "moe")
+    """Of every family with block attention."""
+    return tiny_model(request.param)
 
 
 @pytest.fixture(scope="module")
-def dense():
+def sdar():
     return tiny_model()
+
+
+def forwards(model) -> list[bool]:
+    """What `fused=` can be for the model: the fused decode forward, where it covers the family, and the stock one."""
+    return [True, False] if FusedForward.supports(model) else [False]
 
 
 def ragged_prompts(sizes=(5, 1, 8, 11, 3), seed=0) -> list[list[int]]:

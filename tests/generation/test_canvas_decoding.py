@@ -12,13 +12,12 @@ from dllm_trl.generation.cache import SlotCache
 from dllm_trl.generation.fused_forward import FusedForward
 from dllm_trl.generation.samplers import SAMPLERS, TokenScores
 from dllm_trl.generation.sampling import draw, mix, uniform
-from tests.trainers.tiny_rl import TINY, make_model
+from tests.trainers.tiny_rl import make_model
 
-from .conftest import left_pad
+from .conftest import FULL, left_pad
 
 
 MASK, PAD = 2, 0
-FULL = [name for name in TINY if make_model(name).config.diffusion_attention == "full"]
 CACHES = {
     "none": {},
     "prefix": {},

@@ -31,15 +31,28 @@ def units(generator):
     )
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
-@pytest.mark.parametrize("variant", ["dense", "moe", "bias", "head_dim", "one_kv_head"])
-def test_logits_and_cache_equal_the_stock_modules(variant, dtype, tolerance):
-    kwargs = {"bias": {"attention_bias": True}, "head_dim": {}, "one_kv_head": {}}.get(variant, {})
-    model = tiny_model(variant == "moe", **kwargs).to(dtype)
-    if variant == "bias":
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                nn.init.normal_(parameter)
+DENSE = [
+    ("sdar", {}),
+    ("sdar", {"attention_bias": True}),
+    ("sdar", {"head_dim": 16}),
+    ("sdar", {"num_key_value_heads": 1}),
+    ("Fast_dLLM_Qwen", {}),
+    ("DreamForCausalLM", {}),
+]
+
+
+@pytest.mark.parametrize(
+    "family, sizes, dtype, tolerance",
+    [
+        *((*case, torch.float32, 1e-5) for case in [*DENSE, ("sdar_moe", {})]),
+        *((*case, torch.bfloat16, 0.15) for case in DENSE),  # half precision sends tokens to other experts
+    ],
+)
+def test_logits_and_cache_equal_the_stock_modules(family, sizes, dtype, tolerance):
+    model = tiny_model(family, **sizes).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -192,18 +205,18 @@ def test_lora_takes_the_stock_path_and_counts():
     assert output[0, 5:].tolist() == trained.canvas_ids[0].tolist()
 
 
-def test_autocast_takes_the_stock_path(dense):
+def test_autocast_takes_the_stock_path(sdar):
     """Under autocast the modules decide which operation runs in which type, for the trainer and so for the rollout."""
     from dllm_trl.generation import generate_rollouts
 
     prompt = [5, 9, 2, 7, 11, 3]
     with torch.autocast("cpu", torch.bfloat16):
-        assert isinstance(make_forward(dense), StockForward)
-        rollout = generate_rollouts(dense, [prompt], max_new_tokens=2)
+        assert isinstance(make_forward(sdar), StockForward)
+        rollout = generate_rollouts(sdar, [prompt], max_new_tokens=2)
         canvas = torch.tensor([prompt + [MASK] * 2])
         with torch.no_grad():
-            log_probs = dense(canvas).logits[0, 6:].float().log_softmax(-1)
+            log_probs = sdar(canvas).logits[0, 6:].float().log_softmax(-1)
     first = rollout.step_map[0] == 0
     expected = log_probs[first].gather(-1, rollout.canvas_ids[0, first][:, None])[:, 0]
     torch.testing.assert_close(rollout.logprobs[0, first], expected, atol=2e-2, rtol=0)
-    assert isinstance(make_forward(dense), FusedForward)
+    assert isinstance(make_forward(sdar), FusedForward)

@@ -27,25 +27,25 @@ def response(model, **kwargs):
     return model.generate(PROMPT, **kwargs)[0, PROMPT.size(1) :].tolist()
 
 
-def test_returns_prompt_and_response(dense):
-    output = dense.generate(PROMPT, max_new_tokens=6)
+def test_returns_prompt_and_response(sdar):
+    output = sdar.generate(PROMPT, max_new_tokens=6)
     assert output.dtype == torch.long and output.shape == (1, 11)
     assert torch.equal(output[:, :5], PROMPT)
-    named = dense.generate(input_ids=PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=6)
+    named = sdar.generate(input_ids=PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=6)
     assert torch.equal(output, named)
-    full = dense.generate(PROMPT, max_length=11, return_dict_in_generate=True)
+    full = sdar.generate(PROMPT, max_length=11, return_dict_in_generate=True)
     assert isinstance(full, DiffusionGenerateOutput) and torch.equal(full.sequences, output)
     assert full.canvas_ids.shape == full.canvas_mask.shape == full.step_map.shape == full.logprobs.shape == (1, 6)
     assert full.tokens_per_forward == 6 / full.num_forward_passes.item()
     assert full.logprobs.dtype == torch.float32
 
 
-def test_rows_that_end_early_are_padded(dense):
+def test_rows_that_end_early_are_padded(sdar):
     batch = left_pad(ragged_prompts())
-    free = dense.generate(**batch, max_new_tokens=12, do_sample=True, seed=0)
+    free = sdar.generate(**batch, max_new_tokens=12, do_sample=True, seed=0)
     eos = free[0, batch["input_ids"].size(1) + 1].item()
     kwargs = {"max_new_tokens": 12, "do_sample": True, "seed": 0, "eos_token_id": eos, "pad_token_id": PAD}
-    output = dense.generate(**batch, **kwargs, return_dict_in_generate=True)
+    output = sdar.generate(**batch, **kwargs, return_dict_in_generate=True)
     width = batch["input_ids"].size(1)
     for row, sequence in enumerate(output.sequences):
         answer = sequence[width:].tolist()
@@ -57,19 +57,19 @@ def test_rows_that_end_early_are_padded(dense):
     assert eos in output.sequences[0, width:]
 
 
-def test_do_sample_and_temperature(dense):
-    greedy = response(dense)
-    sampled = response(dense, do_sample=True, temperature=1.3, seed=4)
+def test_do_sample_and_temperature(sdar):
+    greedy = response(sdar)
+    sampled = response(sdar, do_sample=True, temperature=1.3, seed=4)
     assert sampled != greedy
-    assert response(dense, temperature=1.3, seed=4) == sampled  # an explicit temperature samples
-    assert response(dense, temperature=0) == greedy
-    assert response(dense, temperature=0.0, do_sample=True) == greedy
-    assert response(dense, temperature=1.3, do_sample=False) == greedy
-    assert response(dense, do_sample=True, top_k=1) == greedy
+    assert response(sdar, temperature=1.3, seed=4) == sampled  # an explicit temperature samples
+    assert response(sdar, temperature=0) == greedy
+    assert response(sdar, temperature=0.0, do_sample=True) == greedy
+    assert response(sdar, temperature=1.3, do_sample=False) == greedy
+    assert response(sdar, do_sample=True, top_k=1) == greedy
     torch.manual_seed(3)
-    first = response(dense, do_sample=True)
+    first = response(sdar, do_sample=True)
     torch.manual_seed(3)
-    assert response(dense, do_sample=True) == first  # `seed=None` draws one from torch's default generator
+    assert response(sdar, do_sample=True) == first  # `seed=None` draws one from torch's default generator
 
 
 def test_priority_of_the_sources():
@@ -134,18 +134,18 @@ def test_priority_of_the_sources():
         ({"attention_mask": torch.ones(1, 3)}, "shape of `input_ids`"),
     ],
 )
-def test_bad_input_is_named(dense, kwargs, message):
+def test_bad_input_is_named(sdar, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        dense.generate(PROMPT, **{"max_new_tokens": 4, **kwargs})
+        sdar.generate(PROMPT, **{"max_new_tokens": 4, **kwargs})
 
 
-def test_prompts_are_checked(dense):
+def test_prompts_are_checked(sdar):
     with pytest.raises(ValueError, match="`input_ids` is required"):
-        dense.generate()
+        sdar.generate()
     with pytest.raises(ValueError, match="shape"):
-        dense.generate(torch.tensor([1, 2]))
+        sdar.generate(torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="Prompt 0 is empty"):
-        dense.generate(torch.tensor([[0, 0]]), attention_mask=torch.zeros(1, 2, dtype=torch.long))
+        sdar.generate(torch.tensor([[0, 0]]), attention_mask=torch.zeros(1, 2, dtype=torch.long))
     config = DiffusionGenerationConfig(max_new_tokens=4)
     model = tiny_model()
     model.config.mask_token_id = None
@@ -153,24 +153,24 @@ def test_prompts_are_checked(dense):
         model.generate(PROMPT, generation_config=config)
 
 
-def test_num_return_sequences(dense):
+def test_num_return_sequences(sdar):
     prompts = left_pad(ragged_prompts((4, 6)))
-    output = dense.generate(**prompts, num_return_sequences=3, do_sample=True, max_new_tokens=9, seed=1)
+    output = sdar.generate(**prompts, num_return_sequences=3, do_sample=True, max_new_tokens=9, seed=1)
     assert output.shape == (6, 15)
     assert torch.equal(output[:, :6], prompts["input_ids"].repeat_interleave(3, dim=0))
     assert len({tuple(row) for row in output[:3].tolist()}) == 3
 
 
-def test_eos_can_be_switched_off(dense):
-    eos = response(dense)[1]
-    assert len(response(dense, eos_token_id=eos)) < 8
+def test_eos_can_be_switched_off(sdar):
+    eos = response(sdar)[1]
+    assert len(response(sdar, eos_token_id=eos)) < 8
     model = tiny_model()
     model.generation_config.eos_token_id = eos
     assert len(response(model)) < 8
     assert len(response(model, eos_token_id=-1)) == 8
 
 
-def test_logits_processors_see_the_row_and_act(dense):
+def test_logits_processors_see_the_row_and_act(sdar):
     seen = []
 
     class Ban(LogitsProcessor):
@@ -180,8 +180,8 @@ def test_logits_processors_see_the_row_and_act(dense):
             scores[:, banned] = -torch.inf
             return scores
 
-    banned = response(dense)[0]
-    result = response(dense, logits_processor=LogitsProcessorList([Ban()]))
+    banned = response(sdar)[0]
+    result = response(sdar, logits_processor=LogitsProcessorList([Ban()]))
     assert banned not in result
     assert seen[0] == ((3, 5), (3, 64))  # three masked positions in the first block, the prompt only
     batch = left_pad(ragged_prompts((5, 2)))
@@ -193,23 +193,23 @@ def test_logits_processors_see_the_row_and_act(dense):
             calls.append(input_ids[0].tolist())
             return scores
 
-    plain = dense.generate(**batch, max_new_tokens=4)
-    assert torch.equal(plain, dense.generate(**batch, max_new_tokens=4, logits_processor=[Count()]))
+    plain = sdar.generate(**batch, max_new_tokens=4)
+    assert torch.equal(plain, sdar.generate(**batch, max_new_tokens=4, logits_processor=[Count()]))
     assert PROMPT[0].tolist() in calls[:2] and sorted(map(len, calls[:2])) == [2, 5]  # padding never shows
-    penalised = response(dense, repetition_penalty=50.0)
-    assert len(set(penalised)) > len(set(response(dense, repetition_penalty=1.0))) or len(set(penalised)) == 8
+    penalised = response(sdar, repetition_penalty=50.0)
+    assert len(set(penalised)) > len(set(response(sdar, repetition_penalty=1.0))) or len(set(penalised)) == 8
 
 
-def test_stopping_criteria_act_at_the_end_of_a_block(dense):
+def test_stopping_criteria_act_at_the_end_of_a_block(sdar):
     class AfterSix(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             return torch.tensor([input_ids.size(1) >= 6])
 
-    stopped = response(dense, max_new_tokens=20, stopping_criteria=StoppingCriteriaList([AfterSix()]))
-    assert stopped == response(dense, max_new_tokens=20)[:3]  # the prompt's block ends at 8 = 5 + 3
+    stopped = response(sdar, max_new_tokens=20, stopping_criteria=StoppingCriteriaList([AfterSix()]))
+    assert stopped == response(sdar, max_new_tokens=20)[:3]  # the prompt's block ends at 8 = 5 + 3
 
 
-def test_streamer_gets_drafts_and_blocks(dense):
+def test_streamer_gets_drafts_and_blocks(sdar):
     events = []
 
     class Streamer:
@@ -222,26 +222,26 @@ def test_streamer_gets_drafts_and_blocks(dense):
         def end(self):
             events.append(("end", None))
 
-    output = dense.generate(PROMPT, max_new_tokens=7, streamer=Streamer(), return_dict_in_generate=True)
+    output = sdar.generate(PROMPT, max_new_tokens=7, streamer=Streamer(), return_dict_in_generate=True)
     kinds = [kind for kind, _ in events]
     assert kinds[0] == "put" and kinds[-1] == "end" and events[0][1] == PROMPT.tolist()
     finished = sum((value[0] for kind, value in events[1:] if kind == "put"), [])
     assert finished == output.sequences[0, 5:].tolist()
     assert kinds.count("draft") == output.num_forward_passes.item()
     first = events[1][1][0]  # the block's head is the prompt's last token, which is not part of the draft
-    assert len(first) == 3 and dense.config.mask_token_id in first
+    assert len(first) == 3 and sdar.config.mask_token_id in first
     with pytest.raises(ValueError, match="one prompt"):
-        dense.generate(PROMPT.repeat(2, 1), streamer=Streamer())
+        sdar.generate(PROMPT.repeat(2, 1), streamer=Streamer())
 
 
-def test_a_function_is_taken_where_a_name_is(dense):
-    expected = response(dense, remasking_strategy="sequential")
-    assert response(dense, remasking_strategy=SAMPLERS["sequential"]) == expected
+def test_a_function_is_taken_where_a_name_is(sdar):
+    expected = response(sdar, remasking_strategy="sequential")
+    assert response(sdar, remasking_strategy=SAMPLERS["sequential"]) == expected
 
     def mine(scores, masked, quota, **kwargs):
         return SAMPLERS["sequential"](scores, masked, quota, **kwargs)
 
-    assert response(dense, generation_config=DiffusionGenerationConfig(remasking_strategy=mine)) == expected
+    assert response(sdar, generation_config=DiffusionGenerationConfig(remasking_strategy=mine)) == expected
 
 
 def test_config_saves_and_loads(tmp_path):

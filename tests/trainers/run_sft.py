@@ -8,6 +8,7 @@ from datasets import Dataset
 from tiny_rl import make_model, make_tokenizer
 
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer
+from dllm_trl.trainers.processes import end_processes
 
 
 def main(options: dict) -> None:
@@ -28,8 +29,7 @@ def main(options: dict) -> None:
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         trainer.state.save_to_json(os.path.join(trainer.args.output_dir, "state.json"))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # gloo's threads must not outlive the interpreter
+    end_processes(trainer.accelerator)
 
 
 if __name__ == "__main__":

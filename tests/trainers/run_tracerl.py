@@ -9,6 +9,7 @@ from tiny_rl import letter_reward, make_model, make_prompts, make_tokenizer
 from transformers import TrainerCallback
 
 from dllm_trl.trainers import TraceRLConfig, TraceRLTrainer
+from dllm_trl.trainers.processes import end_processes
 
 
 class Kill(TrainerCallback):
@@ -37,8 +38,7 @@ def main(options: dict) -> None:
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         trainer.state.save_to_json(os.path.join(args.output_dir, "state.json"))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # gloo's threads must not outlive the interpreter
+    end_processes(trainer.accelerator)
 
 
 if __name__ == "__main__":

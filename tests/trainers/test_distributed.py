@@ -123,3 +123,23 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, family):
     assert whole.read_bytes() == killed.read_bytes()
     assert history(tmp_path / "whole", "reward") == history(tmp_path / "killed", "reward")
     assert len(history(tmp_path / "whole", "reward")) == 3  # three buffers, one of them after the resumed one
+
+
+def test_exit_hooks_run_and_the_process_ends(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, torch\n"
+        "from accelerate import Accelerator\n"
+        "from dllm_trl.trainers.processes import end_processes\n"
+        "accelerator = Accelerator(cpu=True)\n"
+        "model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))\n"
+        "atexit.register(print, 'hook of', accelerator.process_index)\n"
+        "end_processes(accelerator)\n"
+        "print('the interpreter goes on')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert sorted(result.stdout.split()) == sorted("hook of 0 hook of 1".split())

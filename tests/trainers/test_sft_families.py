@@ -26,9 +26,9 @@ def attention(family):
     return make_model(family).config.diffusion_attention
 
 
-def plain_loss(model, rows, round_, is_causal=False):
-    """Row by row: a forward over [prompt | noisy canvas], the weighted sum of nll over the trained tokens' number."""
-    total = 0
+def plain_loss(model, rows, round_, loss_norm, is_causal=False):
+    """Row by row: a forward over [prompt | noisy canvas], the weighted sum of nll, divided by what METHODS says."""
+    losses = []
     shift = 1 if is_causal else model.config.logit_shift
     for i in range(len(rows["prompt_ids"])):
         prompt = rows["prompt_ids"][i][rows["prompt_mask"][i] == 1]
@@ -39,32 +39,53 @@ def plain_loss(model, rows, round_, is_causal=False):
         logits = logits[len(prompt) - shift : len(prompt) - shift + len(clean)]
         nll = -logits.log_softmax(-1).gather(1, clean[:, None])[:, 0]
         weight = 1 if round_.weight is None else round_.weight[i, columns]
-        total += (nll * weight * round_.scored[i, columns]).sum()
-    return total / rows["scored"].sum()
+        losses.append((nll * weight * round_.scored[i, columns]).sum())
+    trained = rows["scored"].sum(1)
+    assert trained.min() < trained.max()  # or the norms were the same
+    return sum(losses) / trained.sum() if loss_norm == "token" else (torch.stack(losses) / trained).mean()
 
 
 @FULL
 @pytest.mark.parametrize(
-    "options",
+    ("options", "loss_norm"),
     [
-        {},
-        {"weighting": "cart"},
-        {"weighting": "mean", "noise_eps": 0.1, "noise_max": 0.9},
-        {"weighting": "none"},
-        {"objective": "semi_ar", "block_length": 5},
-        {"objective": "ar"},
+        ({}, "sequence"),
+        ({"loss_norm": "token"}, "token"),
+        ({"weighting": "cart"}, "sequence"),
+        ({"weighting": "mean", "noise_eps": 0.1, "noise_max": 0.9}, "sequence"),
+        ({"weighting": "none"}, "sequence"),
+        ({"objective": "semi_ar", "block_length": 5}, "sequence"),
+        ({"objective": "ar"}, "token"),
     ],
-    ids=["elbo", "cart", "mean", "none", "semi_ar", "ar"],
+    ids=["elbo", "token", "cart", "mean", "none", "semi_ar", "ar"],
 )
-def test_loss_is_that_of_plain_forwards(tmp_path, family, options):
+def test_loss_is_that_of_plain_forwards(tmp_path, family, options, loss_norm):
     trainer = make_trainer(tmp_path, model=make_model(family), **options)
     batch = batch_of(trainer, 0, 4, 7, 11)
     rows = trainer._rows(batch)
     (round_,) = trainer._corrupt_by_content(rows)
     assert round_.scored.any()
     with torch.no_grad():
-        expected = plain_loss(trainer.model.eval(), rows, round_, options.get("objective") == "ar")
+        expected = plain_loss(trainer.model.eval(), rows, round_, loss_norm, options.get("objective") == "ar")
         torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected, rtol=1e-5, atol=1e-6)
+
+
+@FULL
+def test_a_slice_counts_with_its_mean(tmp_path, family):
+    trainer = make_trainer(tmp_path, model=make_model(family), objective="semi_ar", block_length=5)
+    batch = batch_of(trainer, 0, 4, 7, 11)
+    rows = trainer._rows(batch)
+    (round_,) = trainer._corrupt_by_content(rows)
+    alone = []
+    for i in range(4):
+        row = {name: value[i : i + 1] for name, value in rows.items()}
+        one = Round(round_.masked[i : i + 1], round_.scored[i : i + 1])
+        with torch.no_grad():
+            loss = trainer.compute_loss(trainer.model.eval(), {**batch, "corruption": (row, [one])})
+        alone.append(loss * rows["scored"][i].sum() / one.scored.sum())
+    with torch.no_grad():
+        together = trainer.compute_loss(trainer.model, {**batch, "corruption": (rows, [round_])})
+    torch.testing.assert_close(together, sum(alone) / 4, rtol=1e-5, atol=1e-6)
 
 
 def test_autoregressive_is_trls_own(tmp_path):

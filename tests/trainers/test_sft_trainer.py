@@ -398,7 +398,7 @@ def test_metrics_get_real_logits(tmp_path, family):
         seen["nll"] = -logits[scored].log_softmax(-1).gather(1, labels[scored][:, None])[:, 0]
         return {"hits": (logits.argmax(-1) == labels)[scored].float().mean().item()}
 
-    options = {"eval_data": PAIRS, "per_device_eval_batch_size": 12, "eos_fill": False}
+    options = {"eval_data": PAIRS, "per_device_eval_batch_size": 12, "eos_fill": False, "loss_norm": "token"}
     trainer = make_trainer(tmp_path, model=make_model(family), compute_metrics=compute_metrics, **options)
     metrics = trainer.evaluate()
     assert metrics["eval_hits"] == pytest.approx(metrics["eval_mean_token_accuracy"], abs=1e-6)

@@ -32,6 +32,7 @@ class RandomMaskObjective:
     """
 
     attentions: ClassVar[tuple[str, ...]] = ("full",)
+    loss_norm: ClassVar[str] = "sequence"
 
     weighting: str = "elbo"
     eps: float = 1e-3

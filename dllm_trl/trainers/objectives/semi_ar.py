@@ -42,6 +42,7 @@ class SemiAutoregressiveObjective:
     """
 
     attentions: ClassVar[tuple[str, ...]] = ("full",)
+    loss_norm: ClassVar[str] = "sequence"
     needs_block_length: ClassVar[bool] = True
     step_map: ClassVar[str] = "optional"
 

@@ -26,6 +26,7 @@ class SFTObjective(Protocol):
 
     - `num_levels(batch, block_length) -> (B,)`: how many `levels` each row needs. Without it, each row gets one.
     - `attentions`: the kinds of attention it is for, of `"block"` and `"full"`. Without it, any.
+    - `loss_norm`: what its loss is divided by where the config leaves that open. Without it, `"token"`.
     - `fills = False`: it does not train EOS tokens that fill up a sequence.
     - `causal = True`: scored tokens are predicted from the clean tokens before them; nothing is masked.
     - `step_map = "required"` or `"optional"`: it reads the dataset's column `step_map`, as `batch["step_map"]`.
