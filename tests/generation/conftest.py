@@ -2,12 +2,10 @@ import pytest
 import torch
 
 from dllm_trl.generation.fused_forward import FusedForward
-from tests.trainers.tiny_rl import TINY, config_class, make_model
+from tests.trainers.tiny_rl import BLOCK, make_model
 
 
 VOCAB, MASK, PAD = 64, 63, 0
-BLOCK = [family for family in TINY if config_class(family).diffusion_attention == "block"]
-FULL = [family for family in TINY if config_class(family).diffusion_attention == "full"]
 
 
 def tiny_model(family: str = "sdar", **kwargs):

@@ -12,9 +12,9 @@ from dllm_trl.generation.cache import SlotCache
 from dllm_trl.generation.fused_forward import FusedForward
 from dllm_trl.generation.samplers import SAMPLERS, TokenScores
 from dllm_trl.generation.sampling import draw, mix, uniform
-from tests.trainers.tiny_rl import make_model
+from tests.trainers.tiny_rl import FULL, make_model
 
-from .conftest import FULL, left_pad
+from .conftest import left_pad
 
 
 MASK, PAD = 2, 0

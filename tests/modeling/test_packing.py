@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import dllm_trl  # noqa: F401
 from dllm_trl.modeling.packing import pack_rounds
 from dllm_trl.types import Round
+from tests.trainers.tiny_rl import BLOCK, make_model
 
 
 ORACLES = Path(os.environ.get("DLLM_TRL_ORACLES", Path(__file__).parents[1] / "fixtures" / "oracles"))
@@ -298,27 +297,13 @@ def test_oracle_bd3lm_visible_keys(case):
 # ------------------------------------------------------------------------------------------- against one row per round
 
 
-def tiny_model(model_type, attn_implementation="sdpa"):
-    config = AutoConfig.for_model(
-        model_type,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=100,
-        mask_token_id=MASK,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation).eval()
+def tiny_model(family="sdar", attn_implementation="sdpa"):
+    model = make_model(family, vocab_size=100, mask_token_id=MASK).eval()
+    model.set_attn_implementation(attn_implementation)
+    return model
 
 
-def row_per_round(model, batch, block_length, logit_shift=0):
+def row_per_round(model, batch, block_length):
     """The plain reference: for each row and round one dense forward over [clean | noisy], full logits."""
     prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds = batch
     logps = torch.zeros(len(rounds), *canvas_ids.shape)
@@ -340,7 +325,7 @@ def row_per_round(model, batch, block_length, logit_shift=0):
                 attention_mask=mask[None, None],
             ).logits[0]
             read = torch.arange(n) + n
-            if logit_shift:
+            if model.config.logit_shift:
                 starts = torch.arange(n) % block_length == 0
                 read = torch.where(starts, torch.arange(n) - 1, read - 1)
             logp = logits[read].log_softmax(-1).gather(1, clean[:, None])[len(prompt) :, 0]
@@ -349,7 +334,8 @@ def row_per_round(model, batch, block_length, logit_shift=0):
 
 
 def packed_logps(model, batch, block_length, **kwargs):
-    packed = pack_rounds(*batch, block_length=block_length, mask_token_id=MASK, **kwargs)
+    kwargs |= {"mask_token_id": MASK, "logit_shift": model.config.logit_shift}
+    packed = pack_rounds(*batch, block_length=block_length, **kwargs)
     logits = model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
@@ -373,13 +359,13 @@ def assert_same_gradients(got, expected):
         assert difference < 1e-4, (name, difference)
 
 
-@pytest.mark.parametrize("model_type", ["sdar", "sdar_moe"])
+@pytest.mark.parametrize("family", BLOCK)
 @pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("block_length", [1, 3, 4, 8])
-def test_packed_equals_row_per_round(model_type, share_prompts, block_length, monkeypatch):
+def test_packed_equals_row_per_round(family, share_prompts, block_length, monkeypatch):
     monkeypatch.setattr("dllm_trl.modeling.packing.CLEAN_SEGMENT", 6)
     monkeypatch.setattr("dllm_trl.modeling.packing.NOISY_SEGMENT", 10)
-    model, batch = tiny_model(model_type), make_batch(block_length)
+    model, batch = tiny_model(family), make_batch(block_length)
     weight = torch.randn(batch[2].shape, generator=torch.Generator().manual_seed(1))
     expected = row_per_round(model, batch, block_length)
     got = packed_logps(model, batch, block_length, share_prompts=share_prompts)
@@ -387,33 +373,26 @@ def test_packed_equals_row_per_round(model_type, share_prompts, block_length, mo
     assert_same_gradients(gradients(model, (got * weight).sum()), gradients(model, (expected * weight).sum()))
 
 
-@pytest.mark.parametrize("block_length", [1, 3, 4])
-def test_shifted_packed_equals_row_per_round(block_length):
-    model, batch = tiny_model("sdar"), make_batch(block_length)
-    with torch.no_grad():
-        expected = row_per_round(model, batch, block_length, logit_shift=1)
-        got = packed_logps(model, batch, block_length, logit_shift=1)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-
-
+@pytest.mark.parametrize("family", BLOCK)
 @pytest.mark.parametrize("attn_implementation", ["eager", "flex_attention"])
-def test_attention_implementations_agree(attn_implementation):
+def test_attention_implementations_agree(family, attn_implementation):
     batch = make_batch(4)
     with torch.no_grad():
-        expected = packed_logps(tiny_model("sdar"), batch, 4)
-        got = packed_logps(tiny_model("sdar", attn_implementation), batch, 4)
+        expected = packed_logps(tiny_model(family), batch, 4)
+        got = packed_logps(tiny_model(family, attn_implementation), batch, 4)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    model, batch = tiny_model("sdar"), make_batch(4)
+@pytest.mark.parametrize("family", BLOCK)
+def test_gradient_checkpointing_changes_nothing(family):
+    model, batch = tiny_model(family), make_batch(4)
     expected = gradients(model, packed_logps(model, batch, 4).sum())
     model.train()
     model.gradient_checkpointing_enable()
     assert_same_gradients(gradients(model, packed_logps(model, batch, 4).sum()), expected)
 
 
-@pytest.mark.parametrize("family", ["sdar", "sdar_moe"])
+@pytest.mark.parametrize("family", BLOCK)
 def test_long_sequences_keep_products_only(family, monkeypatch):
     """The same gradients, and far fewer bytes kept between forward and backward."""
 

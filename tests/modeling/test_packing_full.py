@@ -6,7 +6,7 @@ import torch
 from dllm_trl.modeling.packing import ChunkedPlan, pack_causal, pack_rounds
 from dllm_trl.trainers.objectives.trace import trace_rounds
 from dllm_trl.types import Round
-from tests.trainers.tiny_rl import make_model
+from tests.trainers.tiny_rl import FULL, TINY, make_model
 
 
 MASK = 2
@@ -60,7 +60,7 @@ def score(model, packed):
     return packed.scatter(values).sum(0)
 
 
-@pytest.fixture(scope="module", params=["Dream", "llada", "mmada"])
+@pytest.fixture(scope="module", params=FULL)
 def model(request):
     return make_model(request.param).eval()
 
@@ -163,7 +163,7 @@ def test_first_token_needs_a_prompt():
         pack_rounds(empty, empty, ids, ids, [], block_length=None, mask_token_id=MASK, rounds_per_forward=0)
 
 
-@pytest.mark.parametrize("family", ["sdar", "Dream", "llada"])
+@pytest.mark.parametrize("family", TINY)
 def test_causal_is_the_stock_causal_model(family):
     model = make_model(family).eval()
     prompt_ids, prompt_mask, canvas_ids, canvas_mask, step_map = make_batch()

@@ -14,7 +14,7 @@ from dllm_trl.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer, TraceRL
 from dllm_trl.trainers.advantages import in_accuracy_range, is_overlong, population_z_score
 from dllm_trl.types import Round
 
-from .tiny_rl import EOS_IDS, letter_reward, make_model, make_prompts, make_tokenizer
+from .tiny_rl import EOS_IDS, TINY, letter_reward, make_model, make_prompts, make_tokenizer
 
 
 ORACLES = Path(os.environ.get("DLLM_TRL_ORACLES", Path(__file__).parents[1] / "fixtures" / "oracles"))
@@ -57,8 +57,9 @@ def roll_out(trainer, prompts=(0, 5)):
 
 
 def replay(trainer, batch):
-    """Log-probabilities one row, round and block at a time, with the model's own attention and full logits."""
-    model, block_length = trainer.model, trainer.block_length
+    """Log-probabilities one row, round and block at a time (full attention: the whole row), with the model's own
+    attention and full logits."""
+    model, block_length = trainer.model, trainer._grid
     result = torch.zeros(batch["canvas_ids"].shape)
     scores = torch.zeros_like(result)
     for r in trainer.objective(batch, block_length):
@@ -68,8 +69,8 @@ def replay(trainer, batch):
             clean = torch.cat([prompt, batch["canvas_ids"][row, :length]])
             masked = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), r.masked[row, :length]])
             scored = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), r.scored[row, :length]])
-            for start in range(0, len(clean), block_length):
-                block = slice(start, min(start + block_length, len(clean)))
+            for start in range(0, len(clean), block_length or len(clean)):
+                block = slice(start, min(start + (block_length or len(clean)), len(clean)))
                 if not scored[block].any():
                     continue
                 ids = clean[: block.stop].clone()
@@ -79,23 +80,23 @@ def replay(trainer, batch):
                 logps = (logits / trainer.temperature).log_softmax(-1)
                 for position in range(block.start, block.stop):
                     if scored[position]:
-                        result[row, position - len(prompt)] = logps[position, clean[position]]
+                        read = position - model.config.logit_shift
+                        result[row, position - len(prompt)] = logps[read, clean[position]]
                         scores[row, position - len(prompt)] += 1
     assert torch.equal(scores, batch["scored"].float())  # every token that counts, once
     return result
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-@pytest.mark.parametrize("block_length", [1, 4, 8])
+@pytest.mark.parametrize("family, block_length", [*((family, 4) for family in TINY), ("sdar", 1), ("sdar", 8)])
 @pytest.mark.parametrize("shrink", [1, 2, 100])
-def test_scores_are_those_of_the_contexts_of_the_rollout(tmp_path, moe, block_length, shrink):
+def test_scores_are_those_of_the_contexts_of_the_rollout(tmp_path, family, block_length, shrink):
     """
     Trainer = replay block by block to 1e-5; with `shrink=1`, also = what decoding recorded, and the ratio to the old
     policy is 1. Prompts are no multiple of the block, some rows end early, and the temperature is not 1.
     """
     trainer = make_trainer(
         tmp_path,
-        make_model("sdar_moe" if moe else "sdar"),
+        make_model(family),
         block_length=block_length,
         denoising_steps=min(block_length, 3),
         shrink=shrink,
@@ -367,9 +368,10 @@ def test_truncated_responses_are_not_scored(tmp_path):
     assert torch.equal(batch["scored"].any(1), ended)
 
 
-def test_rollouts_depend_on_the_seed_and_their_place_only(tmp_path):
+@pytest.mark.parametrize("family", TINY)
+def test_rollouts_depend_on_the_seed_and_their_place_only(tmp_path, family):
     def rollouts(seed, torch_seed, num_slots=None, prompts=(0, 5)):
-        trainer = make_trainer(tmp_path, seed=seed, num_slots=num_slots)
+        trainer = make_trainer(tmp_path, make_model(family), block_length=4, seed=seed, num_slots=num_slots)
         torch.manual_seed(torch_seed)
         return roll_out(trainer, prompts)
 
@@ -381,7 +383,7 @@ def test_rollouts_depend_on_the_seed_and_their_place_only(tmp_path):
     assert torch.equal(repeated["completion_ids"][4:, :4], first["completion_ids"][4:, :4])
     assert not torch.equal(repeated["canvas_ids"][:4], repeated["canvas_ids"][4:])
 
-    trainer = make_trainer(tmp_path, seed=1)
+    trainer = make_trainer(tmp_path, make_model(family), block_length=4, seed=1)
     trainer._step = trainer.args.steps_per_generation * trainer.num_iterations  # the next generation draws anew
     assert not torch.equal(roll_out(trainer)["canvas_ids"], first["canvas_ids"])
 

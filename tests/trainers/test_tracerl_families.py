@@ -9,10 +9,9 @@ from dllm_trl.trainers import diffusion_grpo_trainer as base
 from dllm_trl.trainers.objectives import TraceObjective
 
 from .test_tracerl_trainer import changed, logged, make_trainer, weights
-from .tiny_rl import TINY, make_model, make_tokenizer
+from .tiny_rl import FULL, TINY, make_model, make_tokenizer
 
 
-FULL = [family for family in TINY if make_model(family).config.diffusion_attention == "full"]
 ALL = 10**6
 
 

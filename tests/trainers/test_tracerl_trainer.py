@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dllm_trl.trainers import TraceRLConfig, TraceRLTrainer
 from dllm_trl.trainers import diffusion_grpo_trainer as base
 
-from .tiny_rl import letter_reward, make_model, make_prompts, make_tokenizer
+from .tiny_rl import TINY, letter_reward, make_model, make_prompts, make_tokenizer
 
 
 def make_args(tmp_path, **options):
@@ -152,12 +152,13 @@ def test_kl_to_a_reference_model(tmp_path):
         assert torch.equal(value, reference[name])
 
 
-def test_rollout_logprobs_as_old_ones(tmp_path):
+@pytest.mark.parametrize("family", TINY)
+def test_rollout_logprobs_as_old_ones(tmp_path, family):
     """They are the same numbers, so the run is the same, but for the forward pass that is saved."""
     results = []
     for use in (False, True):
         options = {"num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3, "use_rollout_logprobs": use}
-        trainer = make_trainer(tmp_path / str(use), **options)
+        trainer = make_trainer(tmp_path / str(use), make_model(family), block_length=4, **options)
         calls = []
         trainer.model.base_model.register_forward_hook(lambda module, *_, calls=calls: calls.append(module.training))
         trainer.train()

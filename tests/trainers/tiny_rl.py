@@ -73,6 +73,10 @@ def config_class(family: str) -> type:
     )
 
 
+BLOCK = [family for family in TINY if config_class(family).diffusion_attention == "block"]
+FULL = [family for family in TINY if config_class(family).diffusion_attention == "full"]
+
+
 def make_model(family: str = "sdar", seed: int = 0, **overrides):
     """Random weights, large enough that probabilities are far from uniform. Every row of the vocabulary has a
     token."""
