@@ -16,6 +16,15 @@ from ..modeling.base import DiffusionConfigMixin, check_diffusion_model
 
 logger = get_logger(__name__)
 
+# What a rollout is made with and the loss must know: the field of the trainer's config that says it
+SHARED = {
+    "temperature": "temperature",
+    "block_length": "block_length",
+    "max_new_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+    "num_return_sequences": "num_generations",
+    "mask_token_id": "model.config.mask_token_id",
+}
 # A prompt cannot have more tokens than bytes, and a chat template rarely adds more than this.
 _TEMPLATE_BYTES = 2048
 
@@ -38,6 +47,34 @@ def check_model(model, model_init_kwargs: dict | None, trust_remote_code: bool =
             f"checkpoint of one of: {', '.join(f'`{name}`' for name in FAMILIES)}."
         )
     return config
+
+
+def check_options(trainer: str, args, reward_funcs, not_supported: dict[str, object]) -> None:
+    """Raises if `args` or an argument of the trainer of that name asks for what decoding by diffusion cannot do."""
+    if args.use_vllm or args.use_transformers_continuous_batching:
+        option = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
+        raise ValueError(
+            f"`{option}=True` decodes left to right and is not supported by `{trainer}`, which has its own decoding "
+            f"engine (it shares its weights with the trainer). Set `{option}=False`."
+        )
+    if args.cache_implementation is not None:
+        raise ValueError(
+            f"`cache_implementation` is not supported by `{trainer}`: its engine keeps an exact cache of its own. "
+            "Leave it unset."
+        )
+    for option, value in not_supported.items():
+        if value:
+            raise ValueError(
+                f"`{option}` is not supported by `{trainer}` (yet): what it returns has no step map to learn from. "
+                "Leave it unset."
+            )
+    for option in SHARED.keys() & (args.generation_kwargs or {}).keys():
+        raise ValueError(
+            f"`generation_kwargs` must not hold `{option}`, which rollout and training share. Set `{SHARED[option]}`."
+        )
+    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if function is not None and not isinstance(function, str) and not callable(function):
+            raise TypeError(f"`reward_funcs` must be functions, models or model names, but holds {function!r}.")
 
 
 def check_attention(config, args, objective) -> None:

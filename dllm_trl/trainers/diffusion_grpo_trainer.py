@@ -20,6 +20,7 @@ from .checks import (
     check_attention,
     check_columns,
     check_model,
+    check_options,
     check_peft,
     check_prompts,
     check_router_loss,
@@ -30,6 +31,7 @@ from .diffusion_grpo_config import DiffusionGRPOConfig
 from .exact_resume import ExactResumeMixin
 from .model_card import DiffusionModelCardMixin
 from .objectives import Objective, TraceObjective, make_objective
+from .on_policy import judge_difference
 from .published_checkpoints import PublishedCheckpointMixin
 from .round_packing import pack_batch
 
@@ -109,7 +111,8 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
             args = self.config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
         if not isinstance(args, self.config_class):
             raise TypeError(f"`args` must be a `{self.config_class.__name__}`, but is a `{type(args).__name__}`.")
-        self._refuse(args, reward_funcs, tools, rollout_func, environment_factory)
+        not_supported = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
+        check_options(type(self).__name__, args, reward_funcs, not_supported)
         check_peft(model, peft_config)
         check_router_loss(check_model(model, args.model_init_kwargs, args.trust_remote_code), args)
         check_columns("train_dataset", train_dataset)
@@ -195,44 +198,6 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
 
     def _default_objective(self, args: DiffusionGRPOConfig) -> Objective:
         return TraceObjective()
-
-    def _refuse(self, args, reward_funcs, tools, rollout_func, environment_factory) -> None:
-        name = type(self).__name__
-        if args.use_vllm or args.use_transformers_continuous_batching:
-            option = "use_vllm" if args.use_vllm else "use_transformers_continuous_batching"
-            raise ValueError(
-                f"`{option}=True` decodes left to right and is not supported by `{name}`, which has its own decoding "
-                f"engine (it shares its weights with the trainer). Set `{option}=False`."
-            )
-        if args.cache_implementation is not None:
-            raise ValueError(
-                f"`cache_implementation` is not supported by `{name}`: its engine keeps an exact cache of its own. "
-                "Leave it unset."
-            )
-        given = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
-        for option, value in given.items():
-            if value:
-                raise ValueError(
-                    f"`{option}` is not supported by `{name}` (yet): what it returns has no step map to learn from. "
-                    "Leave it unset."
-                )
-        shared = {
-            "temperature": "temperature",
-            "block_length": "block_length",
-            "max_new_tokens": "max_completion_length",
-            "max_length": "max_completion_length",
-            "num_return_sequences": "num_generations",
-            "mask_token_id": "model.config.mask_token_id",
-        }
-        for option in shared.keys() & (args.generation_kwargs or {}).keys():
-            raise ValueError(
-                f"`generation_kwargs` must not hold `{option}`, which rollout and training share. Set "
-                f"`{shared[option]}`."
-            )
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        for function in functions:
-            if function is not None and not isinstance(function, str) and not callable(function):
-                raise TypeError(f"`reward_funcs` must be functions, models or model names, but holds {function!r}.")
 
     def _make_generation_config(self) -> DiffusionGenerationConfig:
         """All of sampling comes from the trainer's config, all else from there or from the checkpoint."""
@@ -523,25 +488,13 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
         maximum = self.accelerator.gather(difference.max()).max().item()
         self._metrics[mode]["sampling/sampling_logp_difference/mean"].append(mean)
         self._metrics[mode]["sampling/sampling_logp_difference/max"].append(maximum)
-        figures = f"mean |difference| {mean:.3g}, max {maximum:.3g}"
         if not self._comparable:
             return
-        if self._full_precision and not maximum <= 1e-3:
-            raise RuntimeError(
-                f"Rollout and trainer disagree on log-probabilities under the same weights ({figures}; in float32 at "
-                "most 1e-3 is rounding): the policy would be trained on contexts it never saw. Were the weights, the "
-                "attention implementation or the forward changed between rollout and loss? `on_policy_check='off'` "
-                "skips this check."
-            )
-        if not self._full_precision and not mean <= 0.05:
-            message = (
-                f"Rollout and trainer disagree on log-probabilities under the same weights ({figures}; in half "
-                "precision a mean of at most 0.05 is rounding). Train in float32 to see whether it is rounding, or "
-                "set `on_policy_check='off'` to skip this check."
-            )
-            if self.args.on_policy_check == "error":
-                raise RuntimeError(message)
-            logger.warning(message)
+        warning = judge_difference(mean, maximum, self._full_precision)
+        if warning and self.args.on_policy_check == "error":
+            raise RuntimeError(warning)
+        if warning:
+            logger.warning(warning)
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
