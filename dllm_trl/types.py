@@ -36,8 +36,10 @@ class DiffusionRollout:
         num_forward_passes (`torch.LongTensor` of shape `(B,)`):
             Denoising forwards whose result the row used.
         block_length (`int`):
-            Tokens denoised together. Token `i` of the pad-free sequence (with full attention: of the response) belongs
-            to block `i // block_length`.
+            Tokens denoised together.
+        anchor (`str`, *optional*, defaults to `"prompt"`):
+            Where blocks are counted from: token `i` of the pad-free sequence (`"prompt"`, block attention) or of the
+            response (`"response"`, full attention) belongs to block `i // block_length`.
     """
 
     prompt_ids: torch.Tensor
@@ -50,10 +52,13 @@ class DiffusionRollout:
     logprobs: torch.Tensor
     num_forward_passes: torch.Tensor
     block_length: int
+    anchor: str = "prompt"
 
     def __post_init__(self):
         if self.block_length < 1:
             raise ValueError(f"`block_length` must be at least 1, but is {self.block_length}.")
+        if self.anchor not in ("prompt", "response"):
+            raise ValueError(f'`anchor` must be "prompt" or "response", but is {self.anchor!r}.')
         batch, response = self.canvas_ids.shape
         _check("prompt_mask", self.prompt_mask, tuple(self.prompt_ids.shape))
         _check("num_forward_passes", self.num_forward_passes, (batch,))

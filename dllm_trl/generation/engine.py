@@ -28,7 +28,8 @@ def decode(
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         for sibling in range(num_generations)
     ]
-    decoder = CanvasDecoder if model.config.diffusion_attention == "full" else BlockDecoder
+    full = model.config.diffusion_attention == "full"
+    decoder = CanvasDecoder if full else BlockDecoder
     decoder(model, plan, fused, streamer).run(rows, num_slots or len(rows))
     batch, width = len(rows), max(row.canvas_length for row in rows)
     prompt_width = max(len(row.prompt) for row in rows)
@@ -47,4 +48,5 @@ def decode(
         step_map[i, seen], logprobs[i, seen] = row.steps[seen], row.logprobs[seen]
     tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, canvas_ids, canvas_mask, step_map, logprobs)
     forwards = torch.tensor([row.forwards for row in rows])
-    return DiffusionRollout(*map(torch.from_numpy, tensors), forwards, plan.block_length or width)
+    anchor = "response" if full else "prompt"
+    return DiffusionRollout(*map(torch.from_numpy, tensors), forwards, plan.block_length or width, anchor)

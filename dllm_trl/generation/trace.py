@@ -87,11 +87,12 @@ def trace_dict(
 
         - `prompt`, `completion` (`str`), `answer` (`str | None`), `reward` (`float | None`)
         - `num_forward_passes` (`int`): denoising forwards the row used
-        - `ids`, `texts`, `steps`, `logprobs`: lists over the positions of the row's canvas; step -1 and log-prob 0.0
-          where nothing was committed
+        - `ids`, `texts`, `steps`, `logprobs`: lists over the positions of the row's canvas; step -1, log-prob 0.0 and
+          no text where nothing was committed
         - `completion_length` (`int`): positions from here on came after EOS; they were context, not response
-        - `given` (`list[str]`): the prompt tokens that share the first block with the response. So position `j` of the
-          canvas lies in block `(len(given) + j) // block_length`, counted from the first block of the response
+        - `given` (`list[str]`): the prompt tokens that share the first block with the response (full attention: none).
+          So position `j` of the canvas lies in block `(len(given) + j) // block_length`, counted from the first block
+          of the response
         - `spans` (`list`): `[start, end, text]` for positions that only together are whole characters
     """
     rows = len(rollout)
@@ -109,8 +110,10 @@ def trace_dict(
         # token that decides whether the next one starts with a space.
         context = prompt_ids[-rollout.block_length :]
         texts = _token_texts(tokenizer, context + ids)
-        given = texts[len(context) - len(prompt_ids) % rollout.block_length : len(context)]
-        texts = texts[len(context) :]
+        shared = len(prompt_ids) % rollout.block_length if rollout.anchor == "prompt" else 0
+        given = texts[len(context) - shared : len(context)]
+        steps = rollout.step_map[row][exists].tolist()
+        texts = [text if step >= 0 else "" for text, step in zip(texts[len(context) :], steps, strict=True)]
         reward = None if rewards[row] is None else float(rewards[row])
         samples.append(
             {
@@ -123,7 +126,7 @@ def trace_dict(
                 "given": given,
                 "ids": ids,
                 "texts": texts,
-                "steps": rollout.step_map[row][exists].tolist(),
+                "steps": steps,
                 "logprobs": [round(x, 6) for x in rollout.logprobs[row][exists].tolist()],
                 "spans": _character_spans(tokenizer, ids, texts),
             }

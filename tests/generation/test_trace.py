@@ -2,12 +2,15 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dllm_trl.generation import DiffusionGenerationConfig, generate_rollouts
 from dllm_trl.generation.trace import save_trace_html, save_trace_json, trace_dict, trace_html
 from dllm_trl.types import DiffusionRollout
+from tests.trainers.tiny_rl import EOS_IDS, make_model, make_tokenizer
 
 
 EOS = 256
@@ -194,3 +197,25 @@ def test_page_in_a_browser(rollout, tmp_path, step, shown):
     assert len(re.findall(r'class="edge[^"]*"', canvas)) == 1
     assert f"step {step} of 4" in dom
     assert "reward 1" in dom
+
+
+def test_full_attention_counts_blocks_from_the_response():
+    """Nothing of the prompt lies in the first block; masks that were never decoded are there and have no text."""
+    model, tokenizer = make_model("llada").eval(), make_tokenizer()
+    prompt = tokenizer("what is 17?")["input_ids"]
+    config = DiffusionGenerationConfig(max_new_tokens=40, block_length=8, do_sample=True, eos_token_id=EOS_IDS)
+    rollout = generate_rollouts(model, [prompt], config, seed=1)
+    assert rollout.anchor == "response" and rollout.to("cpu").anchor == "response" and len(prompt) % 8
+    (sample,) = trace_dict(rollout, tokenizer)["samples"]
+    assert sample["given"] == [] and len(sample["ids"]) == 40
+    end = sample["steps"].index(-1)
+    assert end % 8 == 0 and sample["completion_length"] <= end and set(sample["steps"][end:]) == {-1}
+    assert all(sample["texts"][:end]) and sample["texts"][end:] == [""] * (40 - end)
+    blocks = [j // 8 for j in range(end)]
+    latest = [max(step for step, b in zip(sample["steps"], blocks) if b == block) for block in sorted(set(blocks))]
+    assert latest == sorted(latest)
+
+
+def test_an_unknown_anchor_is_refused(rollout):
+    with pytest.raises(ValueError, match="`anchor` must be"):
+        replace(rollout, anchor="middle")
