@@ -23,7 +23,7 @@ from ..types import DiffusionRollout
 from .configuration import ALGORITHMS, DiffusionGenerationConfig, reject_renamed
 from .decoder import DecodingPlan
 from .engine import decode
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, checked
 
 
 @dataclass
@@ -249,7 +249,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         return DecodingPlan(
             block_length=config.block_length,
             quotas=_quotas(config),
-            sampler=SAMPLERS[strategy] if isinstance(strategy, str) else strategy,
+            sampler=SAMPLERS[strategy] if isinstance(strategy, str) else checked(strategy),
             confidence_threshold=config.confidence_threshold,
             entropy_bound=config.entropy_bound,
             temperature=config.temperature if config.do_sample else 0.0,

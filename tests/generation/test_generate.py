@@ -244,6 +244,20 @@ def test_a_function_is_taken_where_a_name_is(sdar):
     assert response(sdar, generation_config=DiffusionGenerationConfig(remasking_strategy=mine)) == expected
 
 
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (lambda scores, masked, quota, **kwargs: masked & False, "commits nothing .* would never be full"),
+        (lambda scores, masked, quota, **kwargs: ~masked | True, "True at masked positions only"),
+        (lambda scores, masked, quota, **kwargs: masked.float(), "must return a boolean tensor"),
+        (lambda scores, masked, quota, **kwargs: masked[:, :1], "of shape .1, 4. that"),
+    ],
+)
+def test_a_function_that_breaks_the_contract_is_named(sdar, strategy, message):
+    with pytest.raises(ValueError, match="`remasking_strategy`.*" + message):
+        response(sdar, remasking_strategy=strategy)
+
+
 def test_config_saves_and_loads(tmp_path):
     config = DiffusionGenerationConfig(
         block_length=8,

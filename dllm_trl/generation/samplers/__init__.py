@@ -8,10 +8,10 @@ that says which masked tokens of each block are committed in this step:
 - `scores` ([`TokenScores`]): `confidence`, `entropy`, `margin`, `uniform`, each `(B, W)` float32.
 - `masked` `(B, W)` bool: positions still masked.
 - `quota` `(B,)` long: tokens the schedule asks for in this step (it may exceed the masked ones).
-- `commit` `(B, W)` bool: a subset of `masked`.
+- `commit` `(B, W)` bool: a subset of `masked`, not empty where the quota is all that is masked.
 """
 
-from .common import TokenScores, top_quota
+from .common import TokenScores, checked, top_quota
 from .entropy import entropy
 from .entropy_bound import entropy_bound
 from .low_confidence_dynamic import low_confidence_dynamic
@@ -31,4 +31,4 @@ SAMPLERS = {
     "entropy_bound": entropy_bound,
 }
 
-__all__ = ["SAMPLERS", "TokenScores", "top_quota"]
+__all__ = ["SAMPLERS", "TokenScores", "checked", "top_quota"]

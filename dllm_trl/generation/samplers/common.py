@@ -1,7 +1,7 @@
 """What the remasking strategies share: the scores of the sampled tokens and the ranking of masked positions."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, wraps
 
 import torch
 
@@ -71,3 +71,25 @@ def top_quota(score: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor) ->
     """The `quota` `(B,)` masked positions of highest `score` in each row `(B, W)`; of equal ones the leftmost."""
     order = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return masked & (order.argsort(dim=-1) < quota[:, None])
+
+
+def checked(strategy: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A strategy of somebody's own that is held to its contract: it commits masked positions, and comes to an end."""
+
+    @wraps(strategy)
+    def sampler(scores: TokenScores, masked: torch.Tensor, quota: torch.Tensor, **kwargs) -> torch.Tensor:
+        commit = strategy(scores, masked, quota, **kwargs)
+        if commit.shape != masked.shape or commit.dtype != torch.bool or (commit & ~masked).any():
+            raise ValueError(
+                f"`remasking_strategy` must return a boolean tensor of shape {tuple(masked.shape)} that is True at "
+                f"masked positions only, but returned {commit.dtype} of shape {tuple(commit.shape)}. Combine it with "
+                "`masked`."
+            )
+        if ((quota >= masked.sum(-1)) & masked.any(-1) & ~commit.any(-1)).any():
+            raise ValueError(
+                "`remasking_strategy` commits nothing where the quota is all that is masked, so the block would never "
+                "be full. Commit at least one token there, `top_quota(score, masked, quota)` for example."
+            )
+        return commit
+
+    return sampler
