@@ -15,11 +15,12 @@ from dllm_trl.generation import generate_rollouts
 from dllm_trl.trainers.objectives.sft import SFT_OBJECTIVES
 from dllm_trl.types import Round
 
+from . import tiny_rl
 from .test_sft_trainer import EOS, MASK, PAIRS, assert_same, batch_of, make_trainer, weights
 from .tiny_rl import TINY, make_model, make_tokenizer
 
 
-FULL = pytest.mark.parametrize("family", ["llada", "Dream", "mmada"])
+FULL = pytest.mark.parametrize("family", tiny_rl.FULL)
 
 
 def attention(family):
