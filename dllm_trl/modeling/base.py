@@ -315,6 +315,9 @@ class DiffusionCausalLMMixin(_ImplementationMixin, DiffusionGenerationMixin):
         # Not the stock class's __init__, which would build the stock backbone first.
         PreTrainedModel.__init__(self, config)
         self.model = self.backbone_class(config)
-        self.vocab_size = config.vocab_size
+        # The stock classes' forward reads them from the model, the last three for the load-balancing loss of experts
+        for name in ("vocab_size", "router_aux_loss_coef", "num_experts", "num_experts_per_tok"):
+            if hasattr(config, name):
+                setattr(self, name, getattr(config, name))
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

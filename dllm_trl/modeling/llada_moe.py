@@ -59,12 +59,6 @@ class LLaDAMoEModelLM(DiffusionCausalLMMixin, Qwen3MoeForCausalLM):
     config: LLaDAMoEConfig
     backbone_class = LLaDAMoEBackbone
 
-    def __init__(self, config: LLaDAMoEConfig):
-        super().__init__(config)
-        self.router_aux_loss_coef = config.router_aux_loss_coef
-        self.num_experts = config.num_experts
-        self.num_experts_per_tok = config.num_experts_per_tok
-
 
 # By class: the model type belongs to LLaDA, whose names are others.
 register_weight_names("LLaDAMoEModelLM", {}, like="qwen3_moe")

@@ -44,12 +44,6 @@ class SDARMoeForCausalLM(DiffusionCausalLMMixin, Qwen3MoeForCausalLM):
     config: SDARMoeConfig
     backbone_class = SDARMoeModel
 
-    def __init__(self, config: SDARMoeConfig):
-        super().__init__(config)
-        self.router_aux_loss_coef = config.router_aux_loss_coef
-        self.num_experts = config.num_experts
-        self.num_experts_per_tok = config.num_experts_per_tok
-
 
 register_weight_names("sdar_moe", {}, like="qwen3_moe")  # one tensor per expert on disk, stacked in memory
 register_family(SDARConfig, SDARModel, SDARForCausalLM)
