@@ -13,20 +13,11 @@ from dllm_trl.trainers.objectives import OBJECTIVES
 from dllm_trl.trainers.objectives.sft import SFT_OBJECTIVES
 
 from . import models_table
-from .trainers.tiny_rl import TINY, letter_reward, make_model, make_prompts, make_tokenizer
+from .trainers.tiny_rl import ON_CPU, TINY, letter_reward, make_model, make_prompts, make_tokenizer
 
 
 EXAMPLES = {"prompt": ["1+2=", "2+2= "], "completion": ["3 is it", "4!"]}
-OPTIONS = {
-    "max_steps": 1,
-    "learning_rate": 1e-2,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+OPTIONS = {"max_steps": 1, "learning_rate": 1e-2, "gradient_checkpointing": False, "disable_tqdm": True, **ON_CPU}
 
 
 def test_page_is_up_to_date():

@@ -208,6 +208,8 @@ class DiffusionGenerationMixin(GenerationMixin):
                 "`cfg_scale` unset."
             )
         config.cache = config.cache or ("none" if full else "exact")
+        if config.cache != "prefix" and "refresh_interval" not in sources[0] | sources[1]:
+            config.refresh_interval = None  # the checkpoint's belongs to the checkpoint's cache
         config.validate()
         return config, unknown
 

@@ -246,7 +246,7 @@ class DiffusionBackboneMixin(_ImplementationMixin):
             if torch.is_grad_enabled() and len(plan.plans) > 1:
                 # The reentrant kind leaves not even the nodes of a graph behind, but fires the hooks of a parameter
                 # once per chunk, which those that average gradients over processes do not expect
-                anchor = torch.zeros(1, requires_grad=True)
+                anchor = torch.zeros(1, device=ids.device, requires_grad=True)  # says whose random state to restore
                 outputs.append(checkpoint(run, anchor, use_reentrant=not torch.distributed.is_initialized()))
             else:
                 outputs.append(run(None))

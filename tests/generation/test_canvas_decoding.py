@@ -457,6 +457,21 @@ def test_family_defaults_and_published_settings():
     assert model.generate(torch.tensor([[7, 8]]), max_new_tokens=4, remasking_strategy="margin").shape == (1, 6)
 
 
+def test_another_cache_than_the_checkpoints(llada):
+    """The checkpoint's `refresh_interval` goes with its cache; one of the caller's own is refused with another."""
+    prompt, saved = torch.tensor([[7, 8, 9]]), llada.generation_config
+    llada.generation_config = DiffusionGenerationConfig(cache="prefix", refresh_interval=2)
+    try:
+        assert llada._resolve_generation_config(None)[0].refresh_interval == 2
+        for cache in ("none", "dual"):
+            config, _ = llada._resolve_generation_config(None, cache=cache)
+            assert (config.cache, config.refresh_interval) == (cache, None)
+            with pytest.raises(ValueError, match="`refresh_interval` says"):
+                llada.generate(prompt, cache=cache, refresh_interval=2)
+    finally:
+        llada.generation_config = saved
+
+
 def test_total_steps_per_block():
     assert denoising_steps_per_block(128, 128, 32) == 32
     assert denoising_steps_per_block(64, 128, 32) == 16

@@ -14,12 +14,7 @@ from dllm_trl.types import Round
 from ..conftest import PUBLISHED
 
 
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """transformers compiles FlexAttention, which PyTorch's CPU backend cannot do for every mask. Run it as written."""
-    torch.compiler.set_stance("force_eager")
-    yield
-    torch.compiler.set_stance("default")
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture(params=PUBLISHED)

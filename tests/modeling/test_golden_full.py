@@ -12,12 +12,7 @@ FAMILIES = ["dream", "llada", "mmada"]
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
 
 
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """transformers compiles FlexAttention, which PyTorch's CPU backend cannot do for every mask. Run it as written."""
-    torch.compiler.set_stance("force_eager")
-    yield
-    torch.compiler.set_stance("default")
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -67,8 +67,7 @@ def model(request):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("shrink", [1, 4, 100])
-def test_equals_a_forward_per_round(model, implementation, shrink):
-    torch.compiler.set_stance("force_eager")
+def test_equals_a_forward_per_round(model, implementation, shrink, uncompiled):
     batch = make_batch()
     rounds = trace_rounds(batch[4], batch[4] >= 0, shrink=shrink)
     with torch.no_grad():
@@ -79,7 +78,6 @@ def test_equals_a_forward_per_round(model, implementation, shrink):
             actual, _ = packed_logps(model, batch, rounds, rounds_per_forward=per_forward)
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     model.set_attn_implementation("sdpa")
-    torch.compiler.set_stance("default")
 
 
 def gradients(model, batch, rounds, **kwargs):

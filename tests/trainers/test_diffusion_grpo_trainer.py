@@ -14,7 +14,7 @@ from dllm_trl.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer, TraceRL
 from dllm_trl.trainers.advantages import in_accuracy_range, is_overlong, population_z_score
 from dllm_trl.types import Round
 
-from .tiny_rl import EOS_IDS, TINY, letter_reward, make_model, make_prompts, make_tokenizer
+from .tiny_rl import EOS_IDS, ON_CPU, TINY, letter_reward, make_model, make_prompts, make_tokenizer
 
 
 ORACLES = Path(os.environ.get("DLLM_TRL_ORACLES", Path(__file__).parents[1] / "fixtures" / "oracles"))
@@ -32,9 +32,7 @@ def make_trainer(tmp_path, model=None, trainer_class=TraceRLTrainer, reward_func
         "max_completion_length": 14,
         "remasking_strategy": "low_confidence_static",
         "denoising_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
+        **ON_CPU,
         **options,
     }
     other = {name: options.pop(name) for name in ("objective", "peft_config") if name in options}

@@ -17,7 +17,7 @@ from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer
 from dllm_trl.trainers.chat_template import mark_assistant
 from dllm_trl.types import Round
 
-from .tiny_rl import BLOCK, TINY, make_model, make_tokenizer
+from .tiny_rl import BLOCK, ON_CPU, TINY, make_model, make_tokenizer
 
 
 EOS, MASK = 1, 2
@@ -47,12 +47,9 @@ def make_trainer(tmp_path, data=PAIRS, model=None, processing_class=None, eval_d
         "learning_rate": 1e-2,
         "router_aux_loss_coef": 0.0,  # not linear in what shares a micro-batch; it has a test of its own
         "logging_steps": 1,
-        "save_strategy": "no",
         "gradient_checkpointing": False,
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
         "disable_tqdm": True,
+        **ON_CPU,
     }
     model_options = {name: options.pop(name) for name in ("peft_config", "compute_metrics") if name in options}
     return DiffusionSFTTrainer(

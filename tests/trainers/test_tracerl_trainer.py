@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dllm_trl.trainers import TraceRLConfig, TraceRLTrainer
 from dllm_trl.trainers import diffusion_grpo_trainer as base
 
-from .tiny_rl import TINY, letter_reward, make_model, make_prompts, make_tokenizer
+from .tiny_rl import ON_CPU, TINY, letter_reward, make_model, make_prompts, make_tokenizer
 
 
 def make_args(tmp_path, **options):
@@ -25,10 +25,7 @@ def make_args(tmp_path, **options):
         "denoising_steps": 2,
         "max_steps": 2,
         "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
+        **ON_CPU,
         **options,
     }
     return TraceRLConfig(str(tmp_path), **options)

@@ -5,19 +5,16 @@ from datasets import Dataset
 
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer, TraceRLConfig, TraceRLTrainer
 
-from .tiny_rl import TINY, make_model, make_prompts, make_tokenizer
+from .tiny_rl import ON_CPU, TINY, make_model, make_prompts, make_tokenizer
 
 
 OPTIONS = {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
     "logging_steps": 1,
-    "save_strategy": "no",
     "gradient_checkpointing": False,
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
     "disable_tqdm": True,
+    **ON_CPU,
 }
 
 

@@ -73,6 +73,9 @@ def config_class(family: str) -> type:
     )
 
 
+# For a trainer's config: on the CPU, quietly, without traces on the disk
+ON_CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
+
 BLOCK = [family for family in TINY if config_class(family).diffusion_attention == "block"]
 FULL = [family for family in TINY if config_class(family).diffusion_attention == "full"]
 
