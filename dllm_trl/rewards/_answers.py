@@ -7,15 +7,21 @@ import re
 from fractions import Fraction
 from numbers import Real
 
-from ._text import find_boxes
+from ._text import last_box
 
 
 _DELIMITED = re.compile(r"\${1,2}([^$]+)\${1,2}|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d{1,50}\.?\d{0,50}|\.\d{1,50})", re.ASCII)
+# 1 1/2, of which math-verify reads the 1. It knows 1\frac{1}{2}
+_MIXED = re.compile(r"(?<![\w.^}])(\d+)(?:\s|~|\\[ ,;:!])+(\d+)\s*/\s*(\d+)(?!\d|\.\d)", re.ASCII)
+
+
+def _mixed_numbers(text: str) -> str:
+    return _MIXED.sub(r"\1\\frac{\2}{\3}", text)
 
 
 def _boxed(answer: str) -> str:
-    answer = answer.strip()
+    answer = _mixed_numbers(answer.strip())
     delimited = _DELIMITED.fullmatch(answer)
     answer = delimited[delimited.lastindex].strip() if delimited else answer
     return rf"\boxed{{{answer}}}" if answer else ""
@@ -23,11 +29,11 @@ def _boxed(answer: str) -> str:
 
 def final_answer(text: str) -> str:
     r"""Last complete and non-empty `\boxed{}` of a completion, else its last `<answer>`, else prose with an answer."""
-    boxes = [box for box in find_boxes(text) if box]
+    box = last_box(text)
     tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
-    if boxes or tagged[1]:
-        return _boxed(boxes[-1] if boxes else tagged[2])
-    return text if "answer" in text.lower() else ""  # math-verify reads prose only after this word
+    if box or tagged[1]:
+        return _boxed(box or tagged[2])
+    return _mixed_numbers(text) if "answer" in text.lower() else ""  # math-verify reads prose only after this word
 
 
 def gold_answer(gold: str | int | float | None) -> str:
@@ -36,10 +42,9 @@ def gold_answer(gold: str | int | float | None) -> str:
         return ""
     if not isinstance(gold, (str, Real)):
         raise ValueError(f"`answer` (or `solution`) must hold strings or numbers, but has {gold!r}.")
-    boxes = [box for box in find_boxes(str(gold)) if box]
-    answer = boxes[-1] if boxes else str(gold).rpartition("####")[2].strip()
+    answer = last_box(str(gold)) or str(gold).rpartition("####")[2].strip()
     is_prose = not _DELIMITED.fullmatch(answer) and re.search(r"(?<!\\)\$.*\S", answer)
-    return answer if is_prose else _boxed(answer)
+    return _mixed_numbers(answer) if is_prose else _boxed(answer)
 
 
 def _number(answer: str) -> Fraction | None:

@@ -41,6 +41,7 @@ def main() -> None:
     if sys.platform == "linux" and (limit == resource.RLIM_INFINITY or limit > MEMORY_LIMIT):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, maximum))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})  # a thread that blocks it starts children that do
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         answer, gold, time_limit = json.loads(line)

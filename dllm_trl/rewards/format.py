@@ -1,6 +1,6 @@
 import re
 
-from ._text import completion_texts, find_boxes
+from ._text import completion_texts, find_boxes, last_box
 
 
 def format_reward(
@@ -33,7 +33,10 @@ def format_reward(
     ```
     """
     texts = completion_texts(completions)
-    if pattern is not None:
-        return [float(re.search(pattern, text, re.DOTALL) is not None) for text in texts]
-    boxes = [find_boxes(text) for text in texts]
-    return [float(len(found) == 1 and found[0] != "") for found in boxes]
+    if pattern is None:
+        return [float(len(find_boxes(text)) == 1 and last_box(text) != "") for text in texts]
+    try:
+        regex = re.compile(pattern, re.DOTALL)
+    except (re.error, TypeError, ValueError) as error:
+        raise ValueError(f"`pattern` must be a regular expression as a string, but is {pattern!r}: {error}.") from None
+    return [float(regex.search(text) is not None) for text in texts]

@@ -1,6 +1,11 @@
+from numbers import Real
+
 from ._answers import compare, final_answer, gold_answer
 from ._judge import judge_all
 from ._text import completion_texts
+
+
+LONGEST = 3600.0  # seconds for one answer
 
 
 def math_reward(
@@ -21,6 +26,7 @@ def math_reward(
 
     Numbers are compared here, a percent sign aside (`60%`, `60.0` and `60` are equal). Everything else goes to worker
     processes, so that calls are safe in any thread and an answer like `9^{9^{9^{9}}}` costs `time_limit`, not the run.
+    An answer whose worker somebody else kills twice gets `None`, and a warning.
 
     Args:
         completions (`list[str]` or `list[list[dict[str, str]]]`):
@@ -30,7 +36,7 @@ def math_reward(
         solution (`list[str | int | float | None]`, *optional*):
             The same under TRL's name.
         time_limit (`float`, *optional*, defaults to `2.0`):
-            Seconds of CPU time for one answer. An answer that takes longer is wrong.
+            Seconds of CPU time for one answer, at most 3600. An answer that takes longer is wrong.
         **kwargs:
             What else the trainer passes; not used.
 
@@ -53,11 +59,14 @@ def math_reward(
         )
     if len(golds) != len(completions):
         raise ValueError(f"`{column}` must have one entry per completion ({len(completions)}), but has {len(golds)}.")
-    if time_limit <= 0:
-        raise ValueError(f"`time_limit` must be above 0 seconds, but is {time_limit}.")
+    if not isinstance(time_limit, Real) or isinstance(time_limit, bool) or not 0 < time_limit <= LONGEST:
+        raise ValueError(
+            f"`time_limit` must be above 0 seconds and at most {LONGEST:.0f} (CPU time for one answer), but is "
+            f"{time_limit!r}."
+        )
     golds = [gold_answer(gold) for gold in golds]
     pairs = [(final_answer(text), gold) for text, gold in zip(completion_texts(completions), golds, strict=True)]
     rewards = {pair: compare(*pair) for pair in pairs if pair[1]}  # equal pairs are judged once
     unsure = [pair for pair, reward in rewards.items() if reward is None]
-    rewards.update(zip(unsure, judge_all(unsure, time_limit), strict=True))
+    rewards.update(zip(unsure, judge_all(unsure, float(time_limit)), strict=True))
     return [rewards.get(pair) for pair in pairs]

@@ -33,3 +33,9 @@ def test_pattern():
 def test_the_last_message_counts():
     messages = [{"role": "assistant", "content": "let me see"}, {"role": "assistant", "content": r"\boxed{4}"}]
     assert format_reward([messages, messages[::-1], []]) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("pattern", ["(", 4, ["a"]])
+def test_a_pattern_that_is_none(pattern):
+    with pytest.raises(ValueError, match=r"`pattern` must be a regular expression as a string, but is"):
+        format_reward(["4"], pattern=pattern)

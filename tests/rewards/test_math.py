@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dllm_trl.rewards import _judge as judge_module
+from dllm_trl.rewards import format_reward, math_reward
 from dllm_trl.rewards import math as math_module
-from dllm_trl.rewards import math_reward
-from dllm_trl.rewards._judge import _pool, judge_all
+from dllm_trl.rewards._judge import _COMMAND, _pool, judge_all
+from dllm_trl.rewards._text import find_boxes, last_box
 
 
 pytest.importorskip("math_verify")
@@ -47,6 +50,10 @@ def reward(answer, gold, **kwargs):
         (r"11\%", "0.11"),
         ("12.5", r"12.5\%"),
         ("60.0", r"60\%"),
+        ("1.5", "1 1/2"),
+        (r"\frac{3}{2}", r"x = 1\ 1/2"),
+        ("-2.75", "$-2 3/4$"),
+        ("2 3/4", r"2\frac34"),
         (r"16 \sqrt{3}", r"16\sqrt3"),
         (r"\frac{1}{2}", "0.5"),
         (r"\frac12", r"\dfrac{1}{2}"),
@@ -68,6 +75,9 @@ def test_equal(gold, answer):
     ("gold", "answer"),
     [
         ("18", "17"),
+        ("1", "1 1/2"),
+        ("1 1/2", "1"),
+        (r"\frac{1}{2}", "1 1/2"),
         ("18", "18000"),
         ("18", "18.5"),
         ("18", r"18 \text{ or } 19"),
@@ -100,6 +110,7 @@ def test_different(gold, answer):
         ("<answer></answer>", 0.0),
         ("The final answer is $4$.", 1.0),
         ("The final answer is $3$.", 0.0),
+        ("The final answer is $4 1/2$.", 0.0),
         ("4", 0.0),
         ("", 0.0),
     ],
@@ -155,8 +166,19 @@ def test_bad_input():
         math_reward([r"\boxed{4}"], solution=[])
     with pytest.raises(ValueError, match=r"`answer`.* strings or numbers, but has \['4'\]"):
         math_reward([r"\boxed{4}"], answer=[["4"]])
-    with pytest.raises(ValueError, match="`time_limit` must be above 0 seconds, but is 0"):
-        math_reward([r"\boxed{4}"], answer=["4"], time_limit=0)
+    with pytest.raises(ValueError, match=r"`completions\[1\]` must be a string or a list of messages.*but has 4"):
+        math_reward([r"\boxed{4}", 4], answer=["4"] * 2)
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf"), 1e10, True, "2", None])
+def test_a_time_limit_that_is_none(limit):
+    with pytest.raises(ValueError, match="`time_limit` must be above 0 seconds and at most 3600.*but is"):
+        math_reward([r"\boxed{4}"], answer=["4"], time_limit=limit)
+
+
+def test_kinds_of_time_limits():
+    for limit in (3600, np.float32(2.5), np.int64(3)):
+        assert reward(r"\sqrt{16}", "4", time_limit=limit) == 1.0
 
 
 # Real data
@@ -243,6 +265,22 @@ def test_long_texts_are_cheap(text, monkeypatch):
     assert time.process_time() - start < 2.0
 
 
+@pytest.mark.parametrize("n", [10_000, 100_000])
+def test_nested_boxes_take_linear_time_and_memory(n):
+    text = r"\boxed{" * n + "1" + "}" * n
+    start = time.process_time()
+    assert len(find_boxes(text)) == n and last_box(text) == "1"
+    assert math_reward([text, r"\boxed{1}", text], answer=["1", text, text]) == [1.0] * 3
+    assert format_reward([text, text[len(r"\boxed{") :]]) == [0.0, 0.0]
+    assert time.process_time() - start < n / 10_000  # seconds; the square took 1.6 and 160 for one of these
+    tracemalloc.start()
+    try:
+        math_reward([text], answer=[text])
+        assert tracemalloc.get_traced_memory()[1] < 400 * n  # bytes; the square took 65,000 n for the smaller one
+    finally:
+        tracemalloc.stop()
+
+
 def test_what_is_judged(monkeypatch):
     judged = []
 
@@ -305,4 +343,73 @@ def test_a_worker_that_cannot_start(monkeypatch):
     with pytest.raises(RuntimeError, match="cannot start its worker"):
         reward(r"\sqrt{16}", "4")
     monkeypatch.undo()
+    assert reward(r"\sqrt{16}", "4") == 1.0
+
+
+@pytest.fixture
+def worker_runs(monkeypatch):
+    """Makes new workers run a line of Python before they are what they are."""
+
+    def run_first(line):
+        monkeypatch.setattr("dllm_trl.rewards._judge._COMMAND", f"{line}\n{_COMMAND}")
+        _pool.cache_clear()  # new threads, new workers
+
+    yield run_first
+    monkeypatch.undo()
+    _pool.cache_clear()
+
+
+KILL = "__import__('os').kill(__import__('os').getpid(), {})"
+AFTER = {"starting": "", "judging": "print('ready', flush=True) or input() and "}
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("moment", AFTER)
+def test_an_answer_whose_worker_is_killed_is_judged_again(worker_runs, tmp_path, caplog, moment, sign):
+    marker = tmp_path / "killed"
+    kill = AFTER[moment] + KILL.format(int(sign))
+    worker_runs(f"import os\nif not os.path.exists({str(marker)!r}): open({str(marker)!r}, 'w').close(); {kill}")
+    assert math_reward([r"\boxed{\sqrt{16}}"], answer=["4"]) == [1.0]
+    assert marker.exists() and not caplog.records
+
+
+@pytest.mark.parametrize("moment", AFTER)
+def test_an_answer_whose_worker_is_killed_twice_does_not_count(worker_runs, caplog, moment):
+    worker_runs(AFTER[moment] + KILL.format(9))
+    texts = [r"\boxed{\sqrt{16}}", r"\boxed{4}"]
+    assert math_reward(texts, answer=["4"] * 2) == [None, 1.0]
+    assert "gives `None` for 1 of 1 answers: their worker process was killed twice (signal 9)" in caplog.text
+
+
+def test_a_worker_that_is_killed_between_two_calls(worker_runs, caplog):
+    worker_runs("")
+    pool = _pool(os.getpid())
+    assert judge_all([("", "4"), (r"\boxed{\sqrt{16}}", r"\boxed{4}")], 2.0) == [0.0, 1.0]
+    workers = list(pool.map(lambda _: getattr(judge_module._thread, "worker", None), range(8)))
+    for worker in {worker for worker in workers if worker}:
+        worker.process.kill()
+    assert judge_all([(r"\boxed{\sqrt{16}}", r"\boxed{4}")] * 4, 2.0) == [1.0] * 4
+    assert not caplog.records
+
+
+def test_a_worker_whose_timer_does_not_work_is_stopped_by_the_clock(worker_runs, monkeypatch, caplog):
+    monkeypatch.setattr(judge_module, "SLACK", 0.2)
+    worker_runs("print('ready', flush=True); import time; time.sleep(600)")
+    rewards = in_thread(lambda: reward(r"\sqrt{16}", "4", time_limit=0.1), timeout=60)
+    assert rewards is None
+    assert "took more than 1 s on the clock" in caplog.text
+
+
+def test_an_answer_that_hangs_where_the_caller_blocks_the_signal_of_the_timer(worker_runs):
+    def blocked():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+        worker_runs("")  # threads and processes inherit what is blocked
+        return reward(HANGS, "4", time_limit=0.5)
+
+    assert in_thread(blocked, timeout=10) == 0.0  # before the clock of `SLACK` seconds
+
+
+def test_what_lies_on_the_import_path_of_the_caller(worker_runs, monkeypatch):
+    monkeypatch.setattr(sys, "path", [Path("somewhere"), b"bytes", None, *sys.path])
+    worker_runs("print('an import that prints')")
     assert reward(r"\sqrt{16}", "4") == 1.0
