@@ -19,8 +19,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Name of a dataset on the Hub, or path of a JSON or JSONL file. Columns: `problem` or `question` "
-            "with `answer` or `solution` (programs: with tests), or `prompt` as TRL defines it."
+            "help": "Name of a dataset on the Hub, or path of a JSON or JSONL file. Columns: `problem` or `question`, "
+            "or `prompt` as TRL defines it, with what the rewards ask for (SFT: `solution` or `answer`)."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
@@ -51,8 +51,9 @@ class DataArguments:
     reward_funcs: list[str] = field(
         default_factory=lambda: ["math"],
         metadata={
-            "help": "TraceRL only: 'math' (is the answer right?) and 'format' (is there one box?). 'code' (does the "
-            "program pass its tests?) is not available yet."
+            "help": "TraceRL only: 'math' (is the answer right?), 'format' (is there one box?), the dotted path of a "
+            "function of your own such as 'my_module.my_reward' (also from the folder you are in), or a reward model: "
+            "its name on the Hub or its folder."
         },
     )
 
@@ -66,8 +67,15 @@ def names_nothing(args: list[str]) -> bool:
 def make_parser(config_class: type) -> TrlParser:
     """Parser of a recipe's command line. TRL's default of bfloat16 needs an accelerator."""
     parser = TrlParser((DataArguments, config_class, ModelConfig))
-    parser.set_defaults(bf16=torch.accelerator.is_available())
+    if not torch.accelerator.is_available():
+        parser.set_defaults(bf16=False)
     return parser
+
+
+def resume_point(value: str | bool | None) -> str | bool | None:
+    """What `train` is to resume from: a folder, or with "True" the last checkpoint of the run."""
+    words = {"true": True, "false": False, "none": None}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def check_names(data_args: DataArguments, model_name: str | None) -> None:
@@ -113,13 +121,12 @@ def _ask(problem: str, instruction: str) -> list[dict[str, str]]:
 
 def to_prompts(dataset: Dataset, instruction: str = INSTRUCTION) -> Dataset:
     """
-    For reinforcement learning: `prompt` and what the reward needs: the gold `answer` or `solution`, or the tests of a
-    program. A `problem` or `question` becomes a user message with the instruction; everything else stays as it is.
+    For reinforcement learning: a `problem` or `question` becomes a `prompt`, a user message with the instruction.
+    Everything else stays as it is: what it has to hold is for the rewards to say.
     """
     if "ground_truth_answer" in dataset.column_names and "answer" not in dataset.column_names:
         dataset = dataset.rename_column("ground_truth_answer", "answer")  # as the data of dLLM-RL calls it
     columns = dataset.column_names
-    _first(("answer", "solution", "test_list", "test_input"), columns, "hold the right answers, or tests")
     name = _first(("prompt", "problem", "question"), columns, "hold the problems")
     if name == "prompt":
         return dataset

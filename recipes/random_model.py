@@ -9,8 +9,9 @@ import argparse
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import has_file
 
-import dllm_trl  # noqa: F401  (registers the families)
+from dllm_trl import DiffusionGenerationConfig
 
 
 def make_random_model(tokenizer_name: str, output_dir: str, hidden_size: int = 64, num_layers: int = 2, seed: int = 0):
@@ -34,7 +35,10 @@ def make_random_model(tokenizer_name: str, output_dir: str, hidden_size: int = 6
         mask_token_id=tokenizer.mask_token_id,
     )
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(output_dir)
+    model = AutoModelForCausalLM.from_config(config)
+    if has_file(tokenizer_name, "generation_config.json"):  # its EOS ids and its decoding
+        model.generation_config = DiffusionGenerationConfig.from_pretrained(tokenizer_name)
+    model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 
 

@@ -24,6 +24,7 @@ from _data import (
     make_parser,
     names_nothing,
     open_answers,
+    resume_point,
     to_examples,
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -57,7 +58,7 @@ def main(data_args: DataArguments, training_args: DiffusionSFTConfig, model_args
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=data_args.dataset_name)

@@ -14,7 +14,11 @@ With no model and no dataset, a tiny model is made, fine-tuned and trained on wo
     python recipes/tracerl_math.py
 """
 
+import importlib
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from _data import (
     DataArguments,
@@ -25,8 +29,10 @@ from _data import (
     make_parser,
     names_nothing,
     open_answers,
+    resume_point,
     to_prompts,
 )
+from datasets import Dataset
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dllm_trl import TraceRLConfig, TraceRLTrainer
@@ -37,17 +43,42 @@ from dllm_trl.trainers.processes import end_processes
 REWARDS = {"math": math_reward, "format": format_reward}
 
 
-def find_rewards(names: list[str]) -> list:
-    """The reward functions of those names."""
-    if "code" in names:
+def find_rewards(names: list[str]) -> list[Callable | str]:
+    """The reward functions of those names; a reward model stays a name, which TRL loads."""
+    return [REWARDS[name] if name in REWARDS else _find_reward(name) for name in names]
+
+
+def _find_reward(name: str) -> Callable | str:
+    if "/" in name or Path(name).is_dir():
+        return name
+    module, _, function = name.rpartition(".")
+    if not module:
         raise ValueError(
-            "`reward_funcs=['code']` is not available yet: programs must run in a sandbox, which is still missing. "
-            "Train on math, or write your own reward function into a copy of this recipe."
+            f"`reward_funcs` has {name!r}, which is neither one of {sorted(REWARDS)}, nor the dotted path of a "
+            "function such as 'my_module.my_reward', nor a reward model ('owner/name' or a folder)."
         )
-    for name in names:
-        if name not in REWARDS:
-            raise ValueError(f"`reward_funcs` must be among {sorted(REWARDS)}, but has {name!r}.")
-    return [REWARDS[name] for name in names]
+    sys.path.insert(0, os.getcwd())  # the module may lie where the user is, as in TRL's scripts
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something it imports is not
+        raise ValueError(
+            f"`reward_funcs` has {name!r}, but there is no module {error.name!r}. Run the recipe from the folder "
+            "it lies in, or install it."
+        ) from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise ValueError(f"`reward_funcs` has {name!r}, but the module {module!r} has no function {function!r}.")
+    return found
+
+
+def check_answers(reward_funcs: list[Callable | str], dataset: Dataset) -> None:
+    """Our own rewards say what they need of a dataset when asked about no completion at all."""
+    for reward in reward_funcs:
+        if reward in REWARDS.values():
+            reward(prompts=[], completions=[], **{name: [] for name in dataset.column_names if name != "prompt"})
 
 
 def main(data_args: DataArguments, training_args: TraceRLConfig, model_args: ModelConfig) -> None:
@@ -64,6 +95,7 @@ def main(data_args: DataArguments, training_args: TraceRLConfig, model_args: Mod
     def load(split: str):
         dataset = load_table(data_args.dataset_name, data_args.dataset_config, split)
         dataset = to_prompts(dataset, data_args.instruction)
+        check_answers(reward_funcs, dataset)
         dataset = open_answers(dataset, tokenizer, data_args.generation_prompt)
         return drop_long_prompts(dataset, tokenizer, data_args.max_prompt_length)
 
@@ -77,7 +109,7 @@ def main(data_args: DataArguments, training_args: TraceRLConfig, model_args: Mod
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=data_args.dataset_name)

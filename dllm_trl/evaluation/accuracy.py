@@ -26,6 +26,8 @@ class AccuracyReport:
         tokens_per_forward (`float`): Committed tokens per denoising forward, over all problems.
         mean_completion_length (`float`): Mean tokens of a completion, EOS included.
         eos_share (`float`): Share of completions that ended with EOS and not at the limit.
+        decoding (`dict`):
+            The parameters that decoding had in the end, from `generation_config`, the checkpoint and the defaults.
         records (`list[dict]`):
             Per problem: `prompt`, `completion` (text), `reward`, `correct`, `completion_length`, `ended_with_eos`,
             `num_forward_passes`, and the problem's other columns.
@@ -37,6 +39,7 @@ class AccuracyReport:
     tokens_per_forward: float
     mean_completion_length: float
     eos_share: float
+    decoding: dict[str, Any]
     records: list[dict[str, Any]] = field(repr=False)
 
 
@@ -77,6 +80,20 @@ def _with_eos(model, tokenizer, generation_config: GenerationConfig | None) -> t
     named = [source.eos_token_id for source in sources if source.eos_token_id is not None]
     config.eos_token_id = named[0] if named else None
     return config, set(torch.tensor(named[:1]).flatten().tolist())
+
+
+def _effective(model, generation_config: GenerationConfig, seed: int) -> dict[str, Any]:
+    """What decoding with that config means for that model."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, _ = model._resolve_generation_config(generation_config, seed=seed)
+    config.block_length = config.block_length or config.max_new_tokens  # full attention: the whole response
+    config.denoising_steps = config.denoising_steps or config.block_length
+    about_the_call = ("num_return_sequences", "return_dict_in_generate", "transformers_version")
+    settings = {name: value for name, value in config.to_diff_dict().items() if name not in about_the_call}
+    if callable(config.remasking_strategy):  # goes to JSON
+        strategy = config.remasking_strategy
+        settings["remasking_strategy"] = getattr(strategy, "__name__", type(strategy).__name__)
+    return settings
 
 
 def evaluate_accuracy(
@@ -160,6 +177,7 @@ def evaluate_accuracy(
         tokens_per_forward=committed / max(forwards, 1),
         mean_completion_length=sum(record["completion_length"] for record in records) / len(records),
         eos_share=sum(record["ended_with_eos"] for record in records) / len(records),
+        decoding=_effective(model, config, seed),
         records=records,
     )
 

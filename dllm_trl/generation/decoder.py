@@ -9,6 +9,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from .forward import Span, make_forward
+from .progress import RolloutBar
 from .samplers import TokenScores
 from .sampling import draw, uniform
 
@@ -112,10 +113,13 @@ class Decoder(ABC):
         plan ([`DecodingPlan`]): Resolved parameters.
         fused (`bool`, *optional*): Forces the fused or the stock forward.
         streamer (`BaseStreamer`, *optional*): For one row: receives finished tokens and, if it can, draft canvases.
+        show_progress (`bool`, *optional*): Whether a bar shows how far the rows are.
     """
 
-    def __init__(self, model, plan: DecodingPlan, fused: bool | None = None, streamer=None):
-        self.model, self.plan, self.streamer = model, plan, streamer
+    def __init__(
+        self, model, plan: DecodingPlan, fused: bool | None = None, streamer=None, show_progress: bool = False
+    ):
+        self.model, self.plan, self.streamer, self.show_progress = model, plan, streamer, show_progress
         self.forward = make_forward(model, fused)
         self.device = model.get_input_embeddings().weight.device
 
@@ -127,12 +131,15 @@ class Decoder(ABC):
         self.rows: list[Row] = []  # in flight: the row of slot 0, 1, ...
         self._reserve(rows, count)
         waiting = list(reversed(rows))
-        while waiting or self.rows:
-            if waiting and len(self.rows) < count:
-                taken = [waiting.pop() for _ in range(min(count - len(self.rows), len(waiting)))]
-                taken.sort(key=lambda row: len(row.prompt))  # neighbours see about as many keys
-                self._fill(taken)
-            self._step()
+        with RolloutBar(len(rows), self.show_progress) as bar:
+            while waiting or self.rows:
+                if waiting and len(self.rows) < count:
+                    taken = [waiting.pop() for _ in range(min(count - len(self.rows), len(waiting)))]
+                    taken.sort(key=lambda row: len(row.prompt))  # neighbours see about as many keys
+                    self._fill(taken)
+                active = len(self.rows)
+                bar.step(self._step(), forwards=active)
+                bar.update(active - len(self.rows))
 
     def _width(self, rows: list[Row]) -> int:
         """Positions that a slot holds at a time: those of the widest block."""
@@ -178,7 +185,8 @@ class Decoder(ABC):
         block["masked"] = False
         block["masked"][len(known) : block["end"] - start] = True
 
-    def _step(self) -> None:
+    def _step(self) -> int:
+        """Returns how many tokens were committed."""
         plan, width, slots = self.plan, self.width, self.slots[: len(self.rows)]
         start, masked, candidates = slots["start"], slots["masked"], self._candidates(slots)
         read = candidates.reshape(-1).nonzero()[0]
@@ -210,6 +218,7 @@ class Decoder(ABC):
         # From the last slot to the first, so that closing one leaves the smaller slots where they are
         for slot in (~masked.any(-1)).nonzero()[0][::-1].tolist():
             self._advance(slot)
+        return int(commit.sum())
 
     def _quotas(self, slots: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         return self.plan.quotas(slots["step"], candidates.sum(-1), self._block_widths(slots))

@@ -21,6 +21,7 @@ def decode(
     index_offset: int = 0,
     fused: bool | None = None,
     streamer=None,
+    show_progress: bool = False,
 ) -> DiffusionRollout:
     """Decodes `num_generations` responses to each prompt, siblings adjacent, and lays them out as a rollout on CPU."""
     rows = [
@@ -30,7 +31,7 @@ def decode(
     ]
     full = model.config.diffusion_attention == "full"
     decoder = CanvasDecoder if full else BlockDecoder
-    decoder(model, plan, fused, streamer).run(rows, num_slots or len(rows))
+    decoder(model, plan, fused, streamer, show_progress).run(rows, num_slots or len(rows))
     batch, width = len(rows), max(row.canvas_length for row in rows)
     prompt_width = max(len(row.prompt) for row in rows)
     shape = (batch, width)

@@ -391,6 +391,7 @@ def generate_rollouts(
     seed: int | None = None,
     index_offset: int = 0,
     fused: bool | None = None,
+    show_progress: bool = False,
 ) -> DiffusionRollout:
     r"""
     Many ragged prompts through a fixed number of slots: a slot takes the next row as soon as its row ends, and the
@@ -416,6 +417,8 @@ def generate_rollouts(
             Index of the first prompt, for callers that hold a part of a larger batch.
         fused (`bool`, *optional*):
             Forces the fused (`True`) or the stock (`False`) decode forward; `None` picks.
+        show_progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar: rows that are done, tokens per second, tokens per forward.
 
     Returns:
         [`DiffusionRollout`]: on CPU, rows in the order of the prompts.
@@ -441,4 +444,7 @@ def generate_rollouts(
         raise ValueError("`max_new_tokens` must be at least 1: one number, or a list with one per prompt.")
     arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
     model._check_prompts(arrays, limits)
-    return decode(model, arrays, limits, model._decoding_plan(config), num_generations, num_slots, index_offset, fused)
+    plan = model._decoding_plan(config)
+    return decode(
+        model, arrays, limits, plan, num_generations, num_slots, index_offset, fused, show_progress=show_progress
+    )

@@ -1,14 +1,16 @@
 """Input that a trainer refuses, said before any training step: what is wrong, the argument's name, and what to do."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from torch import nn
 from transformers import AutoConfig
-from trl.trainer.utils import is_async_callable
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..modeling import FAMILIES
 from ..modeling.base import DiffusionConfigMixin, check_diffusion_model
@@ -27,6 +29,9 @@ SHARED = {
 }
 # A prompt cannot have more tokens than bytes, and a chat template rarely adds more than this.
 _TEMPLATE_BYTES = 2048
+# What TRL passes to reward functions beside the columns, and columns that it does not pass
+_PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+_NOT_PASSED = {"prompt", "completion", "completion_ids"}
 
 
 def check_model(model, model_init_kwargs: dict | None, trust_remote_code: bool = False) -> DiffusionConfigMixin:
@@ -128,6 +133,29 @@ def check_columns(name: str, dataset, required: str = "prompt") -> None:
             f"`{name}` has no column `{required}`, only {list(columns)}. Rename the column that holds the prompts: "
             f"`{name}.rename_column(..., {required!r})`."
         )
+
+
+def check_reward_columns(reward_funcs, name: str, dataset) -> None:
+    """Raises if a dataset (or one of a dict of them) is known to lack a column that a reward function demands."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_reward_columns(reward_funcs, f"{name}[{key!r}]", part)
+        return
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        return
+    given = (set(columns) - _NOT_PASSED) | _PASSED
+    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if not callable(function) or isinstance(function, nn.Module):
+            continue
+        parameters = inspect.signature(function).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        missing = [p.name for p in parameters if p.kind in kinds and p.default is p.empty and p.name not in given]
+        if missing:
+            raise ValueError(
+                f"The reward function `{get_callable_name(function)}` needs {missing}, but `{name}` has only the "
+                f"columns {list(columns)}. Rename the column that holds it, or give the argument a default."
+            )
 
 
 def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]], limit: int | None) -> None:

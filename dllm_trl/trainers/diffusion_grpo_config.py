@@ -154,6 +154,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
+        if self.use_cpu and self.bf16 is None:
+            self.bf16 = False  # TRL's default is for accelerators
         super().__post_init__()
         for name in ("block_length", "denoising_steps", "num_slots", "rounds_per_forward"):
             value = getattr(self, name)

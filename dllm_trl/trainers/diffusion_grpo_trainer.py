@@ -23,6 +23,7 @@ from .checks import (
     check_options,
     check_peft,
     check_prompts,
+    check_reward_columns,
     check_router_loss,
     find_mask_token,
     guard_reward,
@@ -115,8 +116,9 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
         check_options(type(self).__name__, args, reward_funcs, not_supported)
         check_peft(model, peft_config)
         check_router_loss(check_model(model, args.model_init_kwargs, args.trust_remote_code), args)
-        check_columns("train_dataset", train_dataset)
-        check_columns("eval_dataset", eval_dataset)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_columns(name, dataset)
+            check_reward_columns(reward_funcs, name, dataset)
         self.objective = self._default_objective(args) if objective is None else make_objective(objective)
 
         # With `kl_target="old"`, TRL must not load a reference model: it does so whenever `beta` is not 0
@@ -273,6 +275,7 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
                 num_slots=self.args.num_slots,
                 seed=seed,
                 index_offset=first_row + self.accelerator.process_index * len(prompt_ids),
+                show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
             )
         rollout = rollout.to(self.accelerator.device)
 

@@ -127,6 +127,8 @@ class DiffusionSFTConfig(SFTConfig):
         return super().__new__(cls)
 
     def __post_init__(self):
+        if self.use_cpu and self.bf16 is None:
+            self.bf16 = False  # TRL's default is for accelerators
         super().__post_init__()
         for name in ("block_length", "eos_fill_length", "shrink", "rounds_per_forward"):
             value = getattr(self, name)

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -87,6 +88,26 @@ def test_report(model, tokenizer, sampling):
     assert report.eos_share == (last == tokenizer.eos_token_id).float().mean()
     assert 0 < report.accuracy < 1 and 0 < report.eos_share < 1  # the test sees both
     assert (report.num_problems, report.num_skipped) == (12, 0)
+
+
+def test_report_names_the_effective_decoding(model, tokenizer):
+    """What the call leaves out is the checkpoint's, then the library's; all of it is in the report, ready for JSON."""
+
+    def own(scores, masked, quota, **kwargs):
+        return masked
+
+    model.generation_config = DiffusionGenerationConfig(
+        max_new_tokens=6, temperature=0.7, top_k=3, remasking_strategy="margin", eos_token_id=1
+    )
+    asked = DiffusionGenerationConfig(block_length=2)
+    decoding = evaluate_accuracy(model, tokenizer, PROBLEMS[:2], even_length, asked, show_progress=False).decoding
+    expected = {"max_new_tokens": 6, "do_sample": True, "temperature": 0.7, "top_k": 3, "top_p": 1.0, "seed": 0}
+    expected |= {"remasking_strategy": "margin", "block_length": 2, "denoising_steps": 2, "eos_token_id": 1}
+    assert expected.items() <= decoding.items()
+    asked = DiffusionGenerationConfig(do_sample=False, remasking_strategy=own)
+    decoding = evaluate_accuracy(model, tokenizer, PROBLEMS[:2], even_length, asked, show_progress=False).decoding
+    assert (decoding["do_sample"], decoding["remasking_strategy"], decoding["block_length"]) == (False, "own", 4)
+    json.dumps(decoding)
 
 
 def test_batch_size_and_slots_change_nothing(model, tokenizer, sampling):

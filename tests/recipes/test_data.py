@@ -10,6 +10,7 @@ from _data import (
     make_parser,
     names_nothing,
     open_answers,
+    resume_point,
     to_examples,
     to_prompts,
 )
@@ -48,7 +49,7 @@ def test_instruction_can_be_changed():
 
 
 @pytest.mark.parametrize(
-    ("columns", "missing"), [({"text": ["1+1"], "answer": ["2"]}, "problem"), ({"problem": ["1+1"]}, "answer")]
+    ("columns", "missing"), [({"text": ["1+1"], "answer": ["2"]}, "problem"), ({"text": ["1+1"]}, "problem")]
 )
 def test_missing_columns_are_named(columns, missing):
     with pytest.raises(
@@ -131,6 +132,22 @@ def test_instruction_around_the_problem():
     dataset = Dataset.from_dict({"problem": ["Is {problem} a name?"], "answer": ["2"]})
     prompt = to_prompts(dataset, instruction="Answer in \\boxed{}:\n{problem}\nNow.")[0]["prompt"]
     assert prompt[0]["content"] == "Answer in \\boxed{}:\nIs {problem} a name?\nNow."
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("True", True),
+        ("true", True),
+        (True, True),
+        ("False", False),
+        ("None", None),
+        (None, None),
+        ("runs/x", "runs/x"),
+    ],
+)
+def test_resume_from_the_last_checkpoint(given, meant):
+    assert resume_point(given) == meant
 
 
 def test_programs_have_tests_instead_of_answers():

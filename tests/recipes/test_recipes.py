@@ -14,7 +14,7 @@ import yaml
 from _data import make_parser
 from _word_problems import make_model, make_problems, make_tokenizer
 from random_model import make_random_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import get_peft_config
 
 import dllm_trl
@@ -30,12 +30,13 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 CPU = ["--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false"]
 
 
-def run(script: str, *args: str) -> str:
+def run(script: str, *args: str, cwd: Path | None = None) -> str:
     """Runs a recipe as a user does, in a process of its own."""
     result = subprocess.run(
         [sys.executable, str(RECIPES / script), *args],
         capture_output=True,
         text=True,
+        cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(Path(dllm_trl.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
@@ -98,7 +99,7 @@ def attention(path: Path) -> str:
 
 def test_every_model_has_every_task():
     names = ("llada-8b", "dream-7b", "diffucoder-7b", "mmada-8b", "sdar-4b", "trado-8b", "trado-8b-thinking")
-    tasks = ("math.yaml", "code.yaml", "math_sft.yaml", "code_sft.yaml")
+    tasks = ("math.yaml", "math_sft.yaml", "code_sft.yaml")
     assert {RECIPES / "configs" / name / task for name in names for task in tasks} <= set(PUBLISHED)
 
 
@@ -147,12 +148,12 @@ def test_optimizer_is_the_references(path):
     assert not args.warmup_steps
 
 
-@configs("math.yaml", "code.yaml")
+@configs("math.yaml")
 def test_rl_configs_are_the_papers(path):
     data_args, args, _ = parse(path)
     # Whole groups, also when 8 processes share the batch, as the accelerate configurations do
     assert args.generation_batch_size % (8 * args.per_device_train_batch_size) == 0
-    assert data_args.reward_funcs == [path.stem]
+    assert data_args.reward_funcs == ["math"]
     assert (args.epsilon, args.beta, args.kl_target, args.num_iterations) == (0.2, 0.01, "old", 1)
     assert args.learning_rate == 1e-6
     assert (args.overlong_slack, args.accuracy_range, args.scale_rewards) == (5, [0.2, 0.8], "population")
@@ -231,12 +232,76 @@ def test_rl_configs_train(path, tmp_path, monkeypatch):
     assert 0 < log["reward"] < 1 and log["grad_norm"] > 0
 
 
-def test_code_reward_is_not_there_yet(tmp_path):
-    with pytest.raises(ValueError, match="not available yet.*sandbox"):
-        tracerl_math.main(*parse(RECIPES / "configs" / "trado-8b" / "code.yaml"))
-    with pytest.raises(ValueError, match="'mth'"):
-        tracerl_math.find_rewards(["math", "mth"])
-    assert [f.__name__ for f in tracerl_math.find_rewards(["format", "math"])] == ["format_reward", "math_reward"]
+OWN_REWARD = """
+def digits(completions, digit, **kwargs):
+    return [float(text.count(str(d))) for text, d in zip(completions, digit)]
+
+constant = 1
+"""
+
+
+def test_rewards_are_found(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARD)
+    (tmp_path / "own_broken.py").write_text("import no_such_module_at_all")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = [
+        "format",
+        "math",
+        "own_rewards.digits",
+        "trl.rewards.think_format_reward",
+        "owner/model-1.0",
+        "folder",
+    ]
+    found = tracerl_math.find_rewards(names)
+    functions = ["format_reward", "math_reward", "digits", "think_format_reward"]
+    assert [function.__name__ for function in found[:4]] == functions and found[4:] == names[4:]
+    assert str(tmp_path) not in sys.path
+    for name, message in {
+        "mth": "'mth', which is neither",
+        "code": "'code', which is neither",
+        "own_rewards.letters": "no function 'letters'",
+        "own_rewards.constant": "no function 'constant'",
+        "no_such_module.letters": "no module 'no_such_module'",
+        "own_rewards.more.letters": "no module 'own_rewards.more'",
+    }.items():
+        with pytest.raises(ValueError, match=f"`reward_funcs` has '{name}', .*{message}|`reward_funcs` has {message}"):
+            tracerl_math.find_rewards(["math", name])
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
+        tracerl_math.find_rewards(["own_broken.reward"])
+
+
+def test_a_reward_of_ones_own_and_a_reward_model_judge_their_own_columns(tmp_path, tiny_model):
+    """As a user starts it: without an answer in the data, interrupted, and resumed by the word `True`."""
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARD)
+    (tmp_path / "data.jsonl").write_text("\n".join([json.dumps({"prompt": "Leo has", "digit": 1})] * 8))
+    tokenizer = make_tokenizer()
+    config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    judge = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("llama", **config, num_labels=1))
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    args = [
+        *("--model_name_or_path", str(tiny_model), "--dataset_name", "data.jsonl", "--num_generations", "4"),
+        *("--reward_funcs", "own_rewards.digits", "./judge", "--per_device_train_batch_size", "8"),
+        *("--max_completion_length", "8", "--logging_steps", "1", "--save_steps", "1", "--report_to", "none"),
+        *("--output_dir", "out", "--use_cpu", "--gradient_checkpointing", "false"),
+    ]
+    run("tracerl_math.py", *args, "--max_steps", "1", cwd=tmp_path)
+    output = run("tracerl_math.py", *args, "--max_steps", "2", "--resume_from_checkpoint", "True", cwd=tmp_path)
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"]][:2] == [1, 2]  # the first one is that of the first run
+    assert {"rewards/digits/mean", "rewards/judge/mean"} <= state["log_history"][1].keys()
+    assert "rewards/judge/mean" in output
+
+
+def test_the_math_reward_says_that_answers_are_missing(tmp_path, tiny_model):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"problem": "Leo has"}))
+    args = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(tmp_path / "data.jsonl")]
+    with pytest.raises(ValueError, match="`math_reward` needs the gold answers"):
+        tracerl_math.main(
+            *make_parser(TraceRLConfig).parse_args_and_config([*args, "--output_dir", str(tmp_path), *CPU])
+        )
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("accelerate/*.yaml")), ids=lambda p: p.stem)
@@ -351,4 +416,6 @@ def test_sft_default(tmp_path, capsys):
 def test_random_model(tmp_path, tiny_model):
     make_random_model(str(tiny_model), str(tmp_path))
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    copied, own = (json.loads((path / "generation_config.json").read_text()) for path in (tmp_path, tiny_model))
+    assert copied == own and own["max_new_tokens"] == 40
     assert model.config.mask_token_id == AutoTokenizer.from_pretrained(tmp_path).mask_token_id

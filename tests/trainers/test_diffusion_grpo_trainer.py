@@ -7,11 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer
 from trl import GRPOTrainer
 
-from dllm_trl.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer, TraceRLConfig, TraceRLTrainer
+from dllm_trl.generation.progress import RolloutBar
+from dllm_trl.trainers import (
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    DiffusionSFTConfig,
+    TraceRLConfig,
+    TraceRLTrainer,
+)
 from dllm_trl.trainers.advantages import in_accuracy_range, is_overlong, population_z_score
+from dllm_trl.trainers.checks import check_reward_columns
 from dllm_trl.types import Round
 
 from .tiny_rl import EOS_IDS, ON_CPU, TINY, letter_reward, make_model, make_prompts, make_tokenizer
@@ -442,12 +451,48 @@ def test_config_is_checked(tmp_path):
         ({"block_size": 4}, "use `block_length`"),
         ({"gen_length": 4}, "use `max_new_tokens`"),
         ({"shrink": 0}, "`shrink`"),
-        ({"value_model": True}, "`value_model=True` is not available yet"),
-        ({"gamma": 0.9}, "`gamma`"),
     ]:
         with pytest.raises(ValueError, match=message):
             TraceRLConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, **options)
     assert DiffusionGRPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False).accuracy_range is None
+
+
+@pytest.mark.parametrize("config", [TraceRLConfig, DiffusionSFTConfig])
+def test_on_the_cpu_nothing_is_bfloat16_unless_said(config, tmp_path):
+    assert config(str(tmp_path), use_cpu=True).bf16 is False
+    assert config(str(tmp_path), use_cpu=True, bf16=True).bf16 is True
+
+
+def demands_a_column(completions, gold, log_metric, **kwargs):
+    return [0.0] * len(completions)
+
+
+def test_a_column_that_a_reward_demands_is_missed_before_any_rollout(tmp_path):
+    with pytest.raises(ValueError, match=r"`demands_a_column` needs \['gold'\], but `train_dataset` has only"):
+        make_trainer(tmp_path, reward_funcs=[letter_reward, demands_a_column])
+    check_reward_columns(demands_a_column, "train_dataset", Dataset.from_dict({"prompt": ["a"], "gold": ["b"]}))
+    with pytest.raises(ValueError, match=r"`eval_dataset\['x'\]`"):
+        check_reward_columns(demands_a_column, "eval_dataset", {"x": Dataset.from_dict({"prompt": ["a"]})})
+
+
+def test_a_bar_shows_the_rollout(tmp_path, capsys, monkeypatch):
+    """Rows, tokens per second and per forward, as the rollout counts them; on the main process, and where bars are."""
+    shown, step = [], RolloutBar.step
+    monkeypatch.setattr(
+        RolloutBar, "step", lambda bar, *args, **kwargs: shown.append(bar) or step(bar, *args, **kwargs)
+    )
+    trainer = make_trainer(tmp_path, disable_tqdm=False)
+    rollout = roll_out(trainer)
+    bar = shown[-1]
+    committed = (rollout["step_map"] >= 0).sum().item()
+    assert (bar.total, bar.n, bar.tokens) == (8, 8, committed)
+    assert bar.postfix.endswith(f"{trainer._metrics['train']['decode/tokens_per_forward'][-1]:.2f} tokens/forward")
+    assert "Rollout" in capsys.readouterr().err
+
+    roll_out(make_trainer(tmp_path, disable_tqdm=True))
+    monkeypatch.setattr(type(trainer), "is_world_process_zero", lambda self: False)
+    roll_out(trainer)
+    assert "Rollout" not in capsys.readouterr().err
 
 
 def test_log_ratios_are_bounded_before_trl_sees_them(tmp_path, monkeypatch):
