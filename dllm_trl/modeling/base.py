@@ -113,14 +113,18 @@ class DiffusionConfigMixin:
         register_lora_targets(self.model_type, ["q_proj", "v_proj"])
         output = super().to_dict()
         output.pop("published_attn_implementation", None)
+        if self.diffusion_attention == "full":
+            output.pop("is_causal", None)  # a forward leaves the value of the class in the instance
         # transformers 4 knows only these names, and takes theta 10000 where it does not find its own.
         rope = dict(output.pop("rope_parameters"))
         output["rope_theta"] = rope.pop("rope_theta")
         if "partial_rotary_factor" in rope:
             output["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
         output["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        stock = output.copy()
         for published, stored in self.attribute_map.items():
-            output[published] = output.pop(stored)
+            output.pop(stored, None)
+            output[published] = stock[stored]
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -146,6 +150,17 @@ class _ImplementationMixin:
 
 class DiffusionBackboneMixin(_ImplementationMixin):
     """Puts a family's attention in front of a stock transformers decoder. Mixed in before the decoder's class."""
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.to(torch.bfloat16)` leaves the rotary frequencies in float32, as `from_pretrained(dtype=...)` does:
+        # rounded, a far token's angle is off by whole turns, and the saved model computes other logits when loaded.
+        exact = dict(self.rotary_emb.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self.rotary_emb.get_buffer(name)
+            if moved.dtype != buffer.dtype:
+                setattr(self.rotary_emb, name, buffer.to(moved.device))
+        return self
 
     def forward(
         self,
@@ -321,3 +336,15 @@ class DiffusionCausalLMMixin(_ImplementationMixin, DiffusionGenerationMixin):
                 setattr(self, name, getattr(config, name))
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> torch.nn.Embedding:
+        # Without these rows the model neither decodes nor loads again, and transformers only warns
+        rows = self.config.vocab_size
+        for name in ("mask_token_id", "pad_token_id"):
+            token = getattr(self.config, name)
+            if new_num_tokens is not None and token is not None and new_num_tokens <= token < rows:
+                raise ValueError(
+                    f"`new_num_tokens={new_num_tokens}` cuts off the row of `config.{name}={token}`. Keep at least "
+                    f"{token + 1} tokens, or set `model.config.{name}` to a smaller id first."
+                )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)

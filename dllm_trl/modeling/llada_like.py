@@ -1,5 +1,7 @@
 """What LLaDA and MMaDA share: Llama with full attention under LLaDA's names, rotated in float32. No family itself."""
 
+from typing import Any
+
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.llama.configuration_llama import LlamaConfig
 
@@ -35,6 +37,7 @@ class LLaDALikeConfig(base.DiffusionConfigMixin, LlamaConfig):
         "include_qkv_bias": "attention_bias",
         "init_std": "initializer_range",
         "weight_tying": "tie_word_embeddings",
+        "embedding_size": "vocab_size",  # the public code builds the embedding with it
     }
 
     mask_token_id: int | None = 126336
@@ -43,10 +46,19 @@ class LLaDALikeConfig(base.DiffusionConfigMixin, LlamaConfig):
     eos_token_id: int | list[int] | None = 126081
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        for name, only in {**ONLY, "embedding_size": self.vocab_size}.items():
-            if getattr(self, name, only) != only:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is not supported: only {only!r} is published.")
+        for name, only in ONLY.items():
+            if kwargs.get(name, only) != only:
+                raise ValueError(f"`{name}={kwargs[name]!r}` is not supported: only {only!r} is published.")
+        if kwargs.get("embedding_size") not in (None, self.vocab_size):
+            raise ValueError(
+                f"`embedding_size={kwargs['embedding_size']}` and `vocab_size={self.vocab_size}` are two names of one "
+                "size: the rows of the embedding. Write the same number under both into config.json."
+            )
+        aliases = {name for name, stored in self.attribute_map.items() if stored == "vocab_size"}
+        super().__post_init__(**{key: value for key, value in kwargs.items() if key not in aliases})
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"vocab_size": self.vocab_size}  # published under this name, too
 
 
 class LLaDARotaryEmbedding(Float32RotaryMixin, llama.LlamaRotaryEmbedding):
