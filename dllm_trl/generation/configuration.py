@@ -1,12 +1,19 @@
 """Generation parameters of diffusion language models: checked, saved to and loaded from `generation_config.json`."""
 
+import copy
+import math
+import os
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from .samplers import SAMPLERS
 
+
+logger = logging.get_logger(__name__)
 
 # Names other code bases use, and ours. Passing one raises an error that says the new name.
 RENAMED = {
@@ -176,9 +183,11 @@ class DiffusionGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
-        for name, least in (("block_length", 1), ("denoising_steps", 1), ("refresh_interval", 0)):
+        counts = {"block_length": 1, "denoising_steps": 1, "refresh_interval": 0, "max_new_tokens": 0, "max_length": 0}
+        counts |= {"mask_token_id": 0, "seed": 0, "num_return_sequences": 1}
+        for name, least in counts.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < least):
                 raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
         if isinstance(self.remasking_strategy, str) and self.remasking_strategy not in SAMPLERS:
             raise ValueError(
@@ -189,7 +198,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise ValueError(
                 f"`confidence_threshold` is a probability in [0, 1], but is {self.confidence_threshold!r}."
             )
-        if self.entropy_bound is not None and self.entropy_bound < 0:
+        if self.entropy_bound is not None and not self.entropy_bound >= 0:
             raise ValueError(f"`entropy_bound` must be at least 0 nats, but is {self.entropy_bound!r}.")
         if self.denoising_schedule is not None and self.denoising_schedule not in SCHEDULES:
             raise ValueError(f"`denoising_schedule` must be one of {SCHEDULES}, but is {self.denoising_schedule!r}.")
@@ -202,13 +211,15 @@ class DiffusionGenerationConfig(GenerationConfig):
             )
         for name in ("cfg_scale", "alg_temp"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not value >= 0):
-                raise ValueError(f"`{name}` must be at least 0 (0 is off), but is {value!r}.")
+            if value is not None and (isinstance(value, bool) or not 0 <= value < math.inf):
+                raise ValueError(f"`{name}` must be a number of at least 0 (0 is off), but is {value!r}.")
         if self.suppress_eos is not None and not isinstance(self.suppress_eos, bool):
             raise ValueError(f"`suppress_eos` must be `True` or `False`, but is {self.suppress_eos!r}.")
-        if self.temperature is not None and self.temperature < 0:
-            raise ValueError(f"`temperature` must be at least 0 (0 is greedy), but is {self.temperature!r}.")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 0):
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"`temperature` must be a number of at least 0 (0 is greedy), but is {self.temperature!r}."
+            )
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 0):
             raise ValueError(f"`top_k` must be an integer of at least 0 (0 is off), but is {self.top_k!r}.")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
@@ -245,6 +256,8 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"A generation config holds names and values, but this is {config_dict!r}.")
         # Published diffusion checkpoints carry `_from_model_config: true` in generation_config.json, which makes the
         # base class drop every key it does not know; and keys in the vocabulary of their own code, which we keep as
         # they are.
@@ -273,6 +286,28 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        if callable(self.remasking_strategy):
-            output["remasking_strategy"] = self.remasking_strategy.__name__
+        strategy = self.remasking_strategy
+        output["remasking_strategy"] = next((n for n, function in SAMPLERS.items() if function is strategy), strategy)
         return output
+
+    def to_json_string(self, *args, **kwargs) -> str:
+        # Hash, comparison and `repr` go by it
+        strategy = self.to_dict()["remasking_strategy"]
+        named = self._with(repr(strategy) if callable(strategy) else strategy)
+        return super(DiffusionGenerationConfig, named).to_json_string(*args, **kwargs)
+
+    def to_json_file(self, json_file_path: str | os.PathLike, *args, **kwargs) -> None:
+        strategy = self.to_dict()["remasking_strategy"]
+        if callable(strategy):
+            logger.warning(
+                f"`remasking_strategy` is a function of your own, {strategy!r}, which a file cannot hold: "
+                f"`{json_file_path}` is written without it, and a model loaded from there decodes with the default. "
+                "Set `model.generation_config.remasking_strategy` again after loading, or pass it to `generate`."
+            )
+            strategy = None
+        super(DiffusionGenerationConfig, self._with(strategy)).to_json_file(json_file_path, *args, **kwargs)
+
+    def _with(self, strategy: str | None) -> "DiffusionGenerationConfig":
+        other = copy.copy(self)
+        other.remasking_strategy = strategy
+        return other

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
-from transformers.utils import ModelOutput
+from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 
 from ..types import DiffusionRollout
 from .configuration import ALGORITHMS, DiffusionGenerationConfig, reject_renamed
@@ -120,22 +120,32 @@ class DiffusionGenerationMixin(GenerationMixin):
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
         elif pretrained_model_name_or_path is not None:
+            options = {
+                "cache_dir": cache_dir,
+                "force_download": force_download,
+                "proxies": proxies,
+                "local_files_only": local_files_only,
+                "token": token,
+                "revision": revision,
+                "subfolder": subfolder,
+            }
+            try:
+                cached_file(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, **options)
+            except OSError:
+                return  # no generation_config.json: the one made from the model's config stays
             try:
                 self.generation_config = self.generation_config_class.from_pretrained(
                     pretrained_model_name_or_path,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    proxies=proxies,
-                    local_files_only=local_files_only,
-                    token=token,
-                    revision=revision,
-                    subfolder=subfolder,
                     _from_auto=from_auto_class,
                     _from_pipeline=from_pipeline,
+                    **options,
                     **kwargs,
                 )
-            except OSError:
-                pass  # no generation_config.json: the one made from the model's config stays
+            except (OSError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"`{GENERATION_CONFIG_NAME}` of `{pretrained_model_name_or_path}` cannot be used: {error} Mend "
+                    "the file, or remove it to decode with the defaults."
+                ) from error
 
     def _resolve_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs
