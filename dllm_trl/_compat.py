@@ -69,6 +69,21 @@ def register_lazy_configs(families: dict[str, str], namesakes: dict[str, dict[st
     CONFIG_MAPPING._extra_content.namesakes = namesakes
 
 
+def register_lazy_tokenizers(tokenizers: dict[str, str]) -> None:
+    """
+    Teach `AutoTokenizer` what `tokenizer_class` in a published tokenizer_config.json means, so that an `auto_map`
+    beside it asks for no remote code.
+
+    Args:
+        tokenizers (`dict[str, str]`):
+            Name -> `"module:TokenizerClass"`, imported when a folder asks for it.
+    """
+    from transformers.models.auto import tokenization_auto
+
+    registered = tokenization_auto.REGISTERED_TOKENIZER_CLASSES
+    tokenization_auto.REGISTERED_TOKENIZER_CLASSES = _LazyClasses({**registered, **tokenizers})
+
+
 def register_weight_names(
     model_type: str, names: dict[str, str], like: str | None = None, split: dict[str, list[str]] | None = None
 ) -> None:

@@ -212,13 +212,11 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in ("cfg_scale", "alg_temp"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not 0 <= value < math.inf):
-                raise ValueError(f"`{name}` must be a number of at least 0 (0 is off), but is {value!r}.")
+                raise ValueError(f"`{name}` must be at least 0 (0 is off), but is {value!r}.")
         if self.suppress_eos is not None and not isinstance(self.suppress_eos, bool):
             raise ValueError(f"`suppress_eos` must be `True` or `False`, but is {self.suppress_eos!r}.")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ValueError(
-                f"`temperature` must be a number of at least 0 (0 is greedy), but is {self.temperature!r}."
-            )
+            raise ValueError(f"`temperature` must be at least 0 (0 is greedy), but is {self.temperature!r}.")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 0):
             raise ValueError(f"`top_k` must be an integer of at least 0 (0 is off), but is {self.top_k!r}.")
         for name in ("top_p", "min_p"):

@@ -1,6 +1,6 @@
 """The model families. A family is one file; one line here registers it."""
 
-from dllm_trl._compat import register_lazy_configs
+from dllm_trl._compat import register_lazy_configs, register_lazy_tokenizers
 
 
 # Model type in the published config.json -> its config class. The file is imported when a checkpoint asks for it.
@@ -20,3 +20,5 @@ NAMESAKES = {
 }
 
 register_lazy_configs(FAMILIES, NAMESAKES)
+# What a published tokenizer_config.json calls a class that transformers does not have
+register_lazy_tokenizers({"DreamTokenizer": "dllm_trl.modeling.dream_tokenizer:DreamTokenizer"})

@@ -8,7 +8,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import is_flash_attention_requested
@@ -43,6 +51,8 @@ def register_family(
         AutoConfig.register(config_class.model_type, config_class)
     AutoModel.register(config_class, auto_model)
     AutoModelForCausalLM.register(config_class, causal_lm)
+    # A tokenizer_config.json whose `auto_map` names a class nobody knows: its tokenizer.json, instead of remote code
+    AutoTokenizer.register(config_class, tokenizer_class=PreTrainedTokenizerFast)
     ARCHITECTURES[config_class] = sorted({auto_model.__name__, causal_lm.__name__})
 
 

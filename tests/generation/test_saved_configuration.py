@@ -67,7 +67,7 @@ def test_nan_is_no_number(name):
 
 @pytest.mark.parametrize("name", ["cfg_scale", "alg_temp", "temperature"])
 def test_infinity_is_no_scale(name):
-    with pytest.raises(ValueError, match=f"`{name}` must be a number of at least 0"):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 0"):
         DiffusionGenerationConfig(**{name: float("inf")})
 
 

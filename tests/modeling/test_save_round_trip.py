@@ -126,6 +126,7 @@ def test_names_of_one_size(golden_dir, tmp_path, family, tokens):
     published = {"vocab_size", "embedding_size", "new_vocab_size"} & model.config.to_dict().keys()
     assert len(published) == 2 + (family == "mmada")
     model.resize_token_embeddings(tokens)
+    model.generation_config.max_new_tokens = 6
     assert {getattr(model.config, name) for name in published} == {tokens}
     model.save_pretrained(tmp_path)
     assert {json.loads((tmp_path / "config.json").read_text())[name] for name in published} == {tokens}
