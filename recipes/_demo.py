@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from dllm_trl.generation import generate_rollouts
 from dllm_trl.generation.trace import save_trace_html
 from dllm_trl.rewards import math_reward
 
+
+# TRL's configs and trainers still go by the old name
+warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
 
 CONFIGS = Path(__file__).parent / "configs" / "tiny"
 AVERAGED_STEPS = 10  # in the smooth line of the reward curve

@@ -1,0 +1,112 @@
+"""What the pages say about the code is true of the code."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from threading import Thread
+from urllib.request import Request, urlopen
+
+import pytest
+import yaml
+
+import dllm_trl
+
+from .trainers.tiny_rl import make_model, make_tokenizer
+
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {"modeling": "A family", "trainers/objectives": "An objective", "generation/samplers": "A sampler"}
+ROOMS |= {"rewards": "A reward"}
+SHARED = {"base", "masks", "packing", "recompute", "sft", "common", "__init__"}  # no family, objective or sampler
+
+
+def section(title: str) -> str:
+    return (ROOT / "CONTRIBUTING.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_lines_of_contributing(room):
+    limit = int(re.search(r"under (\d+) lines", section(ROOMS[room]))[1])
+    paths = [path for path in (ROOT / "dllm_trl" / room).glob("[!_]*.py") if path.stem not in SHARED]
+    lengths = {path.stem: len(path.read_text().splitlines()) for path in paths}
+    assert max(lengths.values()) < limit, lengths
+
+
+@pytest.mark.parametrize("title", ROOMS.values())
+def test_snippets_of_contributing_import_what_they_use(title):
+    """Imports, classes and functions run; of the rest, every name is known."""
+    code = ast.parse(re.search(r"```python\n(.*?)```", section(title), re.DOTALL)[1])
+    known = {"model", "input_ids"}
+    done = [
+        node for node in code.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef))
+    ]
+    namespace = {"__name__": "snippet"}
+    sys.modules["snippet"] = sys.modules[__name__]  # dataclasses look their module up
+    try:
+        exec(compile(ast.Module(done, []), title, "exec"), namespace)
+    finally:
+        del sys.modules["snippet"]
+    bound = {node.arg for node in ast.walk(code) if isinstance(node, ast.arg)}
+    bound |= {n.id for n in ast.walk(code) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    used = {n.id for n in ast.walk(code) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    assert used <= namespace.keys() | namespace["__builtins__"].keys() | bound | known
+
+
+def test_settings_of_the_paper_are_those_of_the_recipe():
+    page = (ROOT / "docs" / "tracerl_trainer.md").read_text()
+    said = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    recipe = yaml.safe_load((ROOT / "recipes" / "configs" / "trado-4b" / "math.yaml").read_text())
+    assert said and said.items() <= recipe.items()
+    assert not re.search(r"loss_type\W+dr_grpo", page + (ROOT / "README.md").read_text())
+    assert recipe["loss_type"] == "dapo"
+
+
+def test_examples_use_a_kl_term_only_where_it_acts():
+    """With `kl_target="old"` it needs several updates per rollout."""
+    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        for code in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+            assert 'kl_target="old"' not in code or "num_iterations" in code, path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model = make_model()
+    model.generation_config.max_new_tokens = 12
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def test_chat_draws_drafts(folder):
+    environment = {"PYTHONPATH": str(Path(dllm_trl.__file__).parents[1]), "PYTHONIOENCODING": "utf8"}
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "chat.py"), folder],
+        input="one\ntwo\n",
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf8",
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("\0337") == 2 and shown.stdout.count("\0338") > 4
+
+
+def test_server_sends_drafts_and_text(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from serve import make_server
+
+    server = make_server(folder, 0)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        body = json.dumps([{"role": "user", "content": "1+1?"}]).encode()
+        with urlopen(Request(f"http://127.0.0.1:{server.server_port}", body), timeout=60) as answer:
+            lines = answer.read().decode().split("\n\n")
+    finally:
+        server.shutdown()
+        server.server_close()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert events[-1] == {"done": True} and {"draft", "text"} <= {key for event in events for key in event}
