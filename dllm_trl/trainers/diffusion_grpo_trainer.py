@@ -8,6 +8,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import has_length
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context, profiling_decorator
 from trl.models import unwrap_model_for_generation
@@ -30,6 +31,7 @@ from .checks import (
 )
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .exact_resume import ExactResumeMixin
+from .metrics import EXTREMES, RatioMetricsMixin, new_notes
 from .model_card import DiffusionModelCardMixin
 from .objectives import Objective, TraceObjective, make_objective
 from .on_policy import judge_difference
@@ -46,7 +48,9 @@ _MAX_LOG_RATIO = 10.0
 _CONTEXT = ("canvas_ids", "canvas_mask", "step_map", "scored")
 
 
-class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, DiffusionModelCardMixin, GRPOTrainer):
+class DiffusionGRPOTrainer(
+    PublishedCheckpointMixin, ExactResumeMixin, DiffusionModelCardMixin, RatioMetricsMixin, GRPOTrainer
+):
     r"""
     [`~trl.GRPOTrainer`] for block diffusion language models: the rollout comes from the decoding engine of this
     package, and log-probabilities are those of the tokens in the contexts ("rounds") that an objective names.
@@ -189,7 +193,10 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
             and torch.get_float32_matmul_precision() == "highest"
         )
 
+        self._notes = new_notes()
         self._eval_rows = 0  # rows of the running evaluation that were decoded so far
+        self._eval_size = None  # how many it has, where that is known; what comes after them are repeats
+        self._counted = None  # `(rows,)`: which rows of the generation in progress are no repeats
         self._policy_step = None  # optimizer step of the weights that made the buffered rollout
         self._rollout = None  # the rollout of the generation in progress
         self._rewards = None  # its rewards, gathered
@@ -253,6 +260,10 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
         else:
             first_row = self._eval_rows
             self._eval_rows += len(prompt_ids) * self.accelerator.num_processes
+        first_row += self.accelerator.process_index * len(prompt_ids)
+        rows = torch.arange(first_row, first_row + len(prompt_ids), device=self.accelerator.device)
+        known = mode == "eval" and self._eval_size is not None
+        self._counted = rows < self._eval_size if known else torch.ones_like(rows, dtype=torch.bool)
         seed = int.from_bytes(hashlib.sha256(f"{self.args.seed} {mode}".encode()).digest()[:7], "big")
 
         with (
@@ -274,16 +285,10 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
                 self.generation_config,
                 num_slots=self.args.num_slots,
                 seed=seed,
-                index_offset=first_row + self.accelerator.process_index * len(prompt_ids),
+                index_offset=first_row,
                 show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
             )
         rollout = rollout.to(self.accelerator.device)
-
-        counts = torch.stack([(rollout.step_map >= 0).sum(), rollout.num_forward_passes.sum()]).view(1, 2)
-        tokens, forwards = self.accelerator.gather(counts).sum(0).tolist()
-        rows = len(rollout) * self.accelerator.num_processes
-        self._metrics[mode]["decode/tokens_per_forward"].append(tokens / max(forwards, 1))
-        self._metrics[mode]["decode/forward_passes"].append(forwards / rows)
 
         completed = rollout.completion_mask.bool()
         after = (rollout.step_map >= 0) & ~completed
@@ -293,7 +298,7 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
             "canvas_ids": rollout.canvas_ids,
             "canvas_mask": rollout.canvas_mask,
             "step_map": rollout.step_map,
-            "scored": completed | (after & (after.cumsum(1) <= pads)),
+            "scored": (completed | (after & (after.cumsum(1) <= pads))) & self._counted.unsqueeze(1),
         }
         generate_every = self.args.steps_per_generation * self.num_iterations
         self._expects_old = self.args.gradient_accumulation_steps % generate_every != 0
@@ -318,10 +323,9 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
             lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=device)
             ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids_list], device=device)
             overlong = is_overlong(lengths, ended, self.max_completion_length, self.args.overlong_slack)
+            self._note_rows({"completions/overlong_ratio": overlong}, self._counted)
             overlong = self.accelerator.gather(overlong)
             rewards = torch.where(overlong.unsqueeze(1) & ~rewards.isnan(), 0.0, rewards)
-            mode = "train" if self.model.training else "eval"
-            self._metrics[mode]["completions/overlong_ratio"].append(overlong.float().mean().item())
         self._rewards = rewards
         return rewards
 
@@ -332,7 +336,9 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
         if self.args.kl_target == "old":
             self.beta = 0.0  # there is no reference model to ask
         try:
-            output = super()._generate_and_score_completions(inputs)
+            with self._appended() as appended:
+                output = super()._generate_and_score_completions(inputs)
+            self._record_rollout(appended)
         finally:
             self.beta = beta
             context, rollout, self._context, self._rollout = self._context, self._rollout, None, None
@@ -342,9 +348,46 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
         self._set_advantages(output, context)
         output["num_items_in_batch"] = self.accelerator.gather(context["scored"].sum()).sum()
         output.update(context)
+        if self._mode == "eval":
+            output["counted"] = self._counted
         if self._recorded:
             output["sampling_per_token_logps"] = rollout.logprobs
         return output
+
+    def _record_rollout(self, appended: dict[str, list[float]]) -> None:
+        """TRL's metrics of a generation, and ours, over the rows that are no repeats."""
+        rollout, siblings = self._rollout, self.num_generations if self._mode == "train" else self.num_generations_eval
+        lengths = rollout.completion_mask.sum(1)
+        last = rollout.completion_ids.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        ended = torch.isin(last, torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=last.device))
+        terminated = lengths.float().masked_fill(~ended, torch.nan)
+        rows = {"completions/clipped_ratio": ~ended, "decode/forward_passes": rollout.num_forward_passes}
+        rows |= {f"completions/{kind}_length": lengths for kind in ("mean", "min", "max")}
+        rows |= {f"completions/{kind}_terminated_length": terminated for kind in ("mean", "min", "max")}
+        # Gathered already: of these, this process's
+        mine = slice(
+            self.accelerator.process_index * len(rollout), (self.accelerator.process_index + 1) * len(rollout)
+        )
+        rewards, total = self._rewards[mine], self._total_rewards()[mine]
+        groups = self._total_rewards().view(-1, siblings)
+        equal = groups.nan_to_num(torch.inf).amin(1) == groups.nan_to_num(-torch.inf).amax(1)
+        for name, values in zip(self.reward_func_names, rewards.unbind(1), strict=True):
+            rows |= {f"rewards/{name}/mean": values, f"rewards/{name}/std": values}
+        rows |= {"reward": total, "reward_std": total, "frac_reward_zero_std": equal.repeat_interleave(siblings)[mine]}
+        self._note_rows(rows, self._counted)
+        counted = self._counted.unsqueeze(1)
+        forwards = (rollout.num_forward_passes * self._counted).sum()
+        self._note_ratios({"decode/tokens_per_forward": (((rollout.step_map >= 0) & counted).sum(), forwards)})
+        self._metrics[self._mode]["num_tokens"] = appended.pop("num_tokens")
+        num_rows = self.accelerator.reduce(self._counted.sum(), "sum").item()
+        for name in appended.keys() - rows.keys():  # logged by reward functions
+            for value in appended[name]:
+                self._note(name, value, num_rows)
+
+    def _total_rewards(self) -> torch.Tensor:
+        """Of all processes, `(rows,)`; NaN where no function gave one."""
+        total = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)
+        return total.masked_fill(self._rewards.isnan().all(1), torch.nan)
 
     def _set_advantages(self, output: dict, context: dict) -> None:
         """Advantages of our own kinds, groups that are dropped, and a word when there is nothing to learn."""
@@ -353,13 +396,11 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
         advantages = self.accelerator.gather(output["advantages"])
         kept = torch.ones_like(advantages, dtype=torch.bool)
         if self.args.scale_rewards == "population":
-            rewards = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)
-            rewards[self._rewards.isnan().all(1)] = torch.nan
-            advantages = population_z_score(rewards, siblings)
+            advantages = population_z_score(self._total_rewards(), siblings)
         if self.args.accuracy_range is not None and mode == "train":
             kept = in_accuracy_range(self._rewards[:, 0], siblings, *self.args.accuracy_range)
             advantages = torch.where(kept, advantages, 0.0)
-            self._metrics[mode]["frac_groups_dropped"].append(1 - kept.float().mean().item())
+            self._note("frac_groups_dropped", 1 - kept.float().mean().item(), len(kept))
         if mode == "train":
             self._warn_without_signal(advantages, kept)
 
@@ -482,15 +523,14 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
 
     def _check_on_policy(self, logps: torch.Tensor, recorded: torch.Tensor, scored: torch.Tensor) -> None:
         """Rollout and trainer must agree on the log-probabilities of the same tokens under the same weights."""
-        mode = "train" if self.model.training else "eval"
         if self.args.on_policy_check == "off" or (self.model.training and self._drops_out):
             return
         difference = ((logps.detach() - recorded).abs() * scored).float()
         sums = self.accelerator.reduce(torch.stack([difference.sum(), scored.sum().float()]), reduction="sum")
         mean = (sums[0] / sums[1].clamp(min=1)).item()
         maximum = self.accelerator.gather(difference.max()).max().item()
-        self._metrics[mode]["sampling/sampling_logp_difference/mean"].append(mean)
-        self._metrics[mode]["sampling/sampling_logp_difference/max"].append(maximum)
+        self._note("sampling/sampling_logp_difference/mean", mean, sums[1].item())
+        self._note("sampling/sampling_logp_difference/max", maximum)
         if not self._comparable:
             return
         warning = judge_difference(mean, maximum, self._full_precision)
@@ -532,17 +572,60 @@ class DiffusionGRPOTrainer(PublishedCheckpointMixin, ExactResumeMixin, Diffusion
             inputs["ref_per_token_logps"] = logps.detach() if old is None else old
         if beta != 0.0 and inputs.get("kl_scale") is not None:
             self.beta = beta * inputs["kl_scale"].item()
+        regularisers = self.entropy_coef, self.router_aux_loss_coef
+        if not self.model.training:  # they are no mean over what an evaluation holds, and have metrics of their own
+            self.entropy_coef = self.router_aux_loss_coef = 0.0
         self._scores = logps, entropies, aux_loss
         try:
-            return super()._compute_loss(model, inputs)
+            with self._appended() as appended:
+                loss = super()._compute_loss(model, inputs)
         finally:
             self._scores, self.beta = None, beta
+            if not self.model.training:
+                self.entropy_coef, self.router_aux_loss_coef = regularisers
+        self._record_loss(appended, inputs, loss.detach())
+        return loss
+
+    def _record_loss(self, appended: dict[str, list[float]], inputs: dict, loss: torch.Tensor) -> None:
+        """TRL's metrics of a micro-batch, each with the tokens or rows it is a mean of."""
+        scored = inputs["completion_mask"]
+        counted = inputs.get("counted", torch.ones_like(scored[:, 0])).sum()
+        sizes = torch.stack([scored.sum(), counted, torch.ones_like(scored[:, 0]).sum()])
+        tokens, num_counted, rows = self.accelerator.reduce(sizes, "sum").tolist()
+        by_row = self.loss_type in _ROW_NORMALISED
+        if self._mode == "eval":
+            if by_row:
+                total = loss * len(scored)
+            elif self.loss_type == "bnpo":
+                total = loss * sizes[0]
+            else:
+                total = loss * inputs["num_items_in_batch"] / self.accelerator.num_processes
+            ratio = (total, counted if by_row else sizes[0])
+            self._note_ratios({name: ratio for name in ("loss", "policy_loss") if name in appended or name == "loss"})
+        elif "policy_loss" in appended:
+            # Those that are normalised by the tokens of the whole step give each micro-batch's share of it
+            whole = by_row or self.loss_type == "bnpo"
+            share = 1 if whole else self.current_gradient_accumulation_steps
+            self._note("policy_loss", appended["policy_loss"][0] * share)
+        appended.pop("policy_loss", None)
+        for name in {"aux_loss", "entropy_coef"} & appended.keys():  # no means over tokens
+            self._metrics[self._mode][name] += appended.pop(name)
+        for name, (value,) in appended.items():
+            if name in EXTREMES:
+                self._note(name, value)
+            elif name == "vespo/phi_seq_mean" or (
+                self.importance_sampling_level == "sequence" and name.startswith(("clip_ratio", "cispo"))
+            ):
+                self._note(name, value, num_counted)
+            elif tokens:  # TRL takes a canvas that is one token wide for values of rows
+                self._note(name, value * (rows / tokens if scored.size(1) == 1 else 1), tokens)
 
     # ----------------------------------------------------------------------------------------- evaluation, checkpoints
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, dataloader, *args, **kwargs):
         self._eval_rows = 0  # every evaluation draws the same numbers
-        return super().evaluation_loop(*args, **kwargs)
+        self._eval_size = len(dataloader.dataset) * self.num_generations_eval if has_length(dataloader) else None
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self._grid is not None and self._grid != self.model.config.block_size:

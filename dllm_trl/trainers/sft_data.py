@@ -131,3 +131,14 @@ class StepMapCollator:
         else:  # one flat row; what a multiple adds lies behind it
             batch["step_map"][0, : len(steps)] = steps
         return batch
+
+
+@dataclass
+class SampleLengthsCollator:
+    """A flat batch, of `padding_free` or packing, with `sample_lengths`: how many of its tokens each sample has."""
+
+    collator: Callable[[list[dict]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict]) -> dict[str, Any]:
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        return {**self.collator(examples), "sample_lengths": lengths}

@@ -28,6 +28,7 @@ from ..modeling.packing import PackedRounds, pack_causal
 from ..types import Round
 from .chat_template import mark_assistant
 from .checks import check_model, check_peft, check_router_loss, find_mask_token
+from .metrics import RatioMetricsMixin, new_notes
 from .model_card import DiffusionModelCardMixin
 from .objectives.sft import (
     DEFAULT_OBJECTIVES,
@@ -43,7 +44,7 @@ from .papers import PAPERS
 from .published_checkpoints import PublishedCheckpointMixin
 from .round_packing import pack_batch
 from .sft_config import DiffusionSFTConfig
-from .sft_data import StepMapCollator, check_columns, check_step_maps, prepare_step_maps
+from .sft_data import SampleLengthsCollator, StepMapCollator, check_columns, check_step_maps, prepare_step_maps
 
 
 logger = get_logger(__name__)
@@ -65,7 +66,7 @@ class DiffusionSFTOutput(ModelOutput):
     labels: torch.Tensor | None = None
 
 
-class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFTTrainer):
+class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, RatioMetricsMixin, SFTTrainer):
     r"""
     [`~trl.SFTTrainer`] for diffusion language models. Datasets are prepared as in TRL (text, messages, prompt and
     completion, `completion_only_loss`, `assistant_only_loss`, truncation, packing); an objective masks some of the
@@ -204,6 +205,9 @@ class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFT
 
         if self._step_map is not None:
             self.data_collator = StepMapCollator(self.data_collator, self._step_map == "required")
+        if self.padding_free:
+            self.data_collator = SampleLengthsCollator(self.data_collator)
+        self._notes = new_notes()
         config = self.model.config
         full = config.diffusion_attention == "full"
         self.block_length = args.block_length or config.block_size
@@ -275,6 +279,20 @@ class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFT
             step_map=inputs.get("step_map"),
         )
 
+    def _without_repeats(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An evaluation's batch in which nothing is trained of the samples that accelerate repeats to fill it up."""
+        place = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not place.end_of_dataloader or place.remainder < 1:
+            return inputs
+        labels, lengths = inputs["labels"].clone(), inputs.get("sample_lengths")
+        samples = len(labels) if lengths is None else len(lengths)
+        first = max(place.remainder - self.accelerator.process_index * samples, 0)
+        if lengths is None:
+            labels[first:] = -100
+        else:
+            labels[:, int(lengths[:first].sum()) :] = -100
+        return {**inputs, "labels": labels}
+
     def _longest(self, batches: list[dict[str, torch.Tensor]], device: torch.device) -> int | None:
         """Full attention: tokens of the longest document of the whole step, to which the others are filled up."""
         if self._grid is not None or self._fill_token_id is None or self.args.eos_fill_length is not None:
@@ -343,11 +361,10 @@ class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFT
         return pack_causal(*canvas, rounds[0].scored)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mode = "train" if self.model.training else "eval"
         if "corruption" in inputs:
             rows, rounds = inputs["corruption"]
         else:
-            rows = self._rows(inputs)
+            rows = self._rows(self._without_repeats(inputs))
             rounds = self._corrupt_by_content(rows)
         packed = self._pack(rows, rounds)
         model_inputs = {
@@ -368,13 +385,13 @@ class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFT
         weight = torch.stack(weights)[packed.index].to(nll.device) if rounds else torch.ones_like(nll)
         num_trained = rows["scored"].sum(1)
         loss = sft_loss(nll, weight, packed.index[1], num_trained, self.loss_norm, num_items_in_batch)
+        self._record(inputs, outputs, loss.detach(), num_loss_items(num_trained, self.loss_norm))
         # As in TRL: the normaliser counts all processes, over which DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
-        self._record(mode, inputs, outputs)
 
         if not return_outputs:
             return loss
@@ -389,20 +406,22 @@ class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, SFT
         shape = inputs["input_ids"].shape
         return loss, DiffusionSFTOutput(logits=scores.view(*shape, -1), labels=labels.view(shape))
 
-    def _record(self, mode: str, inputs: dict[str, torch.Tensor], outputs) -> None:
-        """TRL's metrics, over the scored tokens."""
-        metrics, gather = self._metrics[mode], self.accelerator.gather_for_metrics
-        count = gather(outputs.label_mask.sum()).sum()
-        for name, values in (("entropy", outputs.entropy.detach()), ("mean_token_accuracy", outputs.is_top1)):
-            total = gather(values.sum()).sum()
-            metrics[name].append((total / count).item() if count > 0 else 0.0)
-        if mode == "train":
+    def _record(self, inputs: dict[str, torch.Tensor], outputs, loss: torch.Tensor, num_items: torch.Tensor) -> None:
+        """TRL's metrics, over the scored tokens. `loss` is a mean over `num_items` in evaluation."""
+        scored = outputs.label_mask.sum()
+        sums = {"entropy": (outputs.entropy.detach().sum(), scored)}
+        sums["mean_token_accuracy"] = (outputs.is_top1.sum().float(), scored)
+        if self._mode == "eval":
+            sums["loss"] = (loss * num_items, num_items)
+        else:
             mask = inputs.get("attention_mask")
-            tokens = torch.tensor(inputs["input_ids"].size(1), device=count.device) if mask is None else mask.sum()
-            self._total_train_tokens += gather(tokens).sum().item()
-        metrics["num_tokens"] = [self._total_train_tokens]
-        if self.aux_loss_enabled:
-            metrics["aux_loss"].append(gather(outputs.aux_loss.detach()).mean().item())
+            tokens = torch.tensor(inputs["input_ids"].size(1), device=loss.device) if mask is None else mask.sum()
+            self._total_train_tokens += self.accelerator.reduce(tokens, "sum").item()
+        self._note_ratios(sums)
+        self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled:  # of what shares a micro-batch: there is no ratio of sums
+            aux_loss = self.accelerator.gather(outputs.aux_loss.detach())
+            self._metrics[self._mode]["aux_loss"].append(aux_loss.mean().item())
 
     def prediction_step(
         self,
