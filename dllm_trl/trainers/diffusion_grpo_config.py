@@ -184,6 +184,9 @@ class DiffusionGRPOConfig(GRPOConfig):
                 f"`temperature` must be above 0, but is {self.temperature}: at 0 all generations of a prompt are "
                 "equal and there is nothing to learn. The default is 1.0."
             )
+        scales = ("group", "batch", "none", "population")
+        if self.scale_rewards not in scales:
+            raise ValueError(f"`scale_rewards` must be one of {scales}, but is {self.scale_rewards!r}.")
         if self.scale_rewards == "population" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError("`scale_rewards='population'` needs `multi_objective_aggregation='sum_then_normalize'`.")
         if self.kl_target == "old" and self.sync_ref_model:

@@ -435,6 +435,13 @@ class DiffusionGRPOTrainer(
             return
         mean = self._rewards.nanmean(0).tolist()
         means = ", ".join(f"{name} {m:.3g}" for name, m in zip(self.reward_func_names, mean, strict=True))
+        if (self._rewards[:, 0] > 0.5).all():
+            logger.warning(
+                "All answers of this step are right (the first of `reward_funcs` gives each more than 0.5; mean "
+                f"rewards: {means}), and equal within each group, so every advantage is 0 and the policy loss teaches "
+                f"nothing. Use harder problems, or a higher `temperature`. {batches}"
+            )
+            return
         logger.warning(
             "No group has any reward signal: within each group of responses to the same prompt all rewards are equal "
             f"(mean rewards: {means}), so every advantage is 0 and the policy loss teaches nothing. Use easier or "

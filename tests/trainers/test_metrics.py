@@ -1,6 +1,7 @@
 """What is logged does not depend on how the data was cut: into batches, accumulation steps or processes."""
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dllm_trl.trainers.metrics import reduce_metric
 
@@ -167,3 +169,19 @@ def test_two_processes_log_what_one_does(tmp_path):
         pairs = zip(two[name], wanted, strict=True) if isinstance(wanted, list) else [(two[name], wanted)]
         for found, expected in pairs:
             assert_close(found, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- messages
+
+
+def test_right_answers_are_no_fault_of_the_rewards(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    trainer = make_rl(tmp_path, overlong_slack=None)
+    trainer._rewards = torch.ones(4, 2)
+    trainer._warn_without_signal(torch.zeros(4), torch.ones(4, dtype=torch.bool))
+    assert "All answers of this step are right" in caplog.text and "No group" not in caplog.text
+
+
+def test_unknown_scale_of_rewards_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`scale_rewards` must be one of .*'popluation'"):
+        make_rl(tmp_path, scale_rewards="popluation")
