@@ -1,0 +1,64 @@
+"""Bad input at a door: does it say the argument's name, say something else, or go through?"""
+
+import math
+import signal
+from collections import Counter
+from contextlib import contextmanager
+
+
+NAN, INF = math.nan, math.inf
+NOT_INTEGERS = [1.5, "4", NAN, [4], {}, True, 1e30]
+NOT_COUNTS = [0, -1, -(10**9), *NOT_INTEGERS]
+NOT_NUMBERS = ["x", NAN, [0.5], {}]
+SECONDS = 20  # for one input
+TALLY = Counter()  # of the whole run
+
+
+@contextmanager
+def time_limit():
+    def ring(number, frame):
+        raise AssertionError(f"no answer within {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(call, *words: str) -> tuple[str, str]:
+    """`"clear"`: a ValueError, TypeError or OSError with all the words; `"obscure"`: another; `"silent"`: none."""
+    try:
+        with time_limit():
+            result = call()
+    except AssertionError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        clear = isinstance(error, (ValueError, TypeError, OSError)) and all(word in str(error) for word in words)
+        return ("clear" if clear else "obscure"), said
+    return "silent", repr(result)[:80]
+
+
+def judge(door: str, table: list[tuple]) -> None:
+    """Every row `(words, value, call)` of a table: none goes through, hardly any is obscure."""
+    counts, faults = Counter(), []
+    for words, value, call in table:
+        kind, said = outcome(call, *([words] if isinstance(words, str) else words))
+        counts[kind] += 1
+        if kind != "clear":
+            faults.append(f"{kind:<8} {words} = {value!r:.60}: {said[:200]}")
+    TALLY.update(counts)
+    figures = ", ".join(f"{counts[kind]} {kind}" for kind in ("clear", "obscure", "silent"))
+    print(f"\n{door}: {len(table)} inputs, {figures}", *faults, sep="\n  ")
+    assert not counts["silent"], "\n".join(faults)
+    assert counts["obscure"] <= 0.05 * len(table), "\n".join(faults)
+
+
+def options(call, names: dict[str, list]) -> list[tuple]:
+    """Rows for `call(**{name: value})`."""
+    return [
+        (name, value, lambda n=name, v=value: call(**{n: v})) for name, values in names.items() for value in values
+    ]
