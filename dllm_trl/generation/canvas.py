@@ -32,7 +32,7 @@ class CanvasDecoder(Decoder):
 
     def _reserve(self, rows: list[Row], count: int) -> None:
         for row in rows:
-            row.ids[:] = self.plan.mask_token_id
+            row.ids[:], row.canvas_length = self.plan.mask_token_id, row.limit  # also of rows that never get a slot
         self.guided, self.shift = self.plan.cfg_scale > 0, self.model.config.logit_shift
         self.length = max(len(row.prompt) + row.limit for row in rows)
         lines = count * (2 if self.guided else 1)

@@ -39,6 +39,76 @@ RENAMED = {
     "logits_eos_inf": "suppress_eos",
     "stopping_criteria_idx": "eos_token_id",
 }
+_BEAMS = "it is of beam search, which is not defined for diffusion decoding"
+_ASSISTED = "it is of assisted decoding, and there is no assistant here: a step commits several tokens by itself"
+_SCORES = (
+    "scores of a step are `(masked tokens, V)` and not kept; `return_dict_in_generate=True` gives `logprobs` and "
+    "`step_map` of all tokens"
+)
+_LAYERS = "what is inside the forwards of a run is not kept; call the model on `canvas_ids`"
+_ENCODER = "it is of encoder-decoder models"
+_CACHE = "the engine keeps a cache of its own; full attention chooses one with `cache`"
+_COMPILE = "the engine has forwards of its own"
+# Options of transformers that decoding by diffusion does not have, and why
+REFUSED = {
+    "early_stopping": _BEAMS,
+    "length_penalty": _BEAMS,
+    "diversity_penalty": _BEAMS,
+    "num_beam_groups": _BEAMS,
+    "constraints": _BEAMS,
+    "force_words_ids": _BEAMS,
+    "low_memory": _BEAMS,
+    "use_mtp": _ASSISTED,
+    "is_assistant": _ASSISTED,
+    "num_assistant_tokens": _ASSISTED,
+    "num_assistant_tokens_schedule": _ASSISTED,
+    "assistant_confidence_threshold": _ASSISTED,
+    "prompt_lookup_num_tokens": _ASSISTED,
+    "max_matching_ngram_size": _ASSISTED,
+    "assistant_early_exit": _ASSISTED,
+    "assistant_lookbehind": _ASSISTED,
+    "target_lookbehind": _ASSISTED,
+    "assistant_ensemble_weight": _ASSISTED,
+    "speculation_type": _ASSISTED,
+    "output_scores": _SCORES,
+    "output_logits": _SCORES,
+    "output_attentions": _LAYERS,
+    "output_hidden_states": _LAYERS,
+    "forced_bos_token_id": _ENCODER,
+    "decoder_start_token_id": _ENCODER,
+    "cache_implementation": _CACHE,
+    "cache_config": _CACHE,
+    "max_cache_len": _CACHE,
+    "compile_config": _COMPILE,
+    "continuous_batching_config": "`generate_rollouts(num_slots=)` refills slots that end",
+    "prefill_chunk_size": "a prompt is computed in one forward",
+    "guidance_scale": "use `cfg_scale` (full attention)",
+    "penalty_alpha": "contrastive search compares the states of tokens that are decoded one after the other",
+    "dola_layers": "it contrasts the layers of a next-token prediction",
+    "token_healing": "it shortens the prompt; do so before the call",
+    "remove_invalid_values": "a model with NaN or infinite logits is broken, and its confidences with it",
+}
+# Arguments of transformers' `generate` that are not supported
+ARGUMENTS = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "custom_generate",
+    "encoder_outputs",
+    "inputs_embeds",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "past_key_values",
+    "position_ids",
+)
+# Options that are accepted and change nothing, and why that is right
+WITHOUT_EFFECT = {
+    "use_cache": "block families decode with a cache that changes no result; full attention chooses with `cache`",
+    "disable_compile": "nothing is compiled",
+    "renormalize_logits": "drawing normalises, and recorded log-probabilities come before the filters",
+    "bos_token_id": "a prompt is never empty, and is taken as it is",
+    "transformers_version": "says who wrote a file",
+    "_from_model_config": "says where a config came from",
+}
 OWN = (
     "block_length",
     "denoising_steps",
@@ -104,9 +174,24 @@ def denoising_steps_per_block(total_steps: int, max_new_tokens: int, block_lengt
     return steps
 
 
-def reject_renamed(names: Any) -> None:
+def check_refused(config: GenerationConfig) -> None:
+    """Raises if an option is set to something that decoding by diffusion does not do."""
+    defaults = GenerationConfig._get_default_generation_params()
+    for name, reason in REFUSED.items():
+        value = getattr(config, name, None)
+        off = 1 if name == "guidance_scale" else defaults.get(name)
+        if value and value != off:
+            raise ValueError(
+                f"`{name}={value!r}` is not supported by diffusion decoding: {reason}. Leave it out (in a checkpoint's "
+                f"own parameters: `model.generation_config.{name} = None`)."
+            )
+
+
+def reject_renamed(values: dict[str, Any]) -> None:
     """Raises a `ValueError` that says our name for every argument that other code bases call differently."""
-    for name in names:
+    for name, value in values.items():
+        if name == "guidance_scale" and value in (None, 1):  # off
+            continue
         if name in RENAMED:
             raise ValueError(f"`{name}` is not an argument here; use `{RENAMED[name]}`.")
 
@@ -219,10 +304,18 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"`temperature` must be at least 0 (0 is greedy), but is {self.temperature!r}.")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 0):
             raise ValueError(f"`top_k` must be an integer of at least 0 (0 is off), but is {self.top_k!r}.")
-        for name in ("top_p", "min_p"):
+        for name in ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], but is {value!r}.")
+        for name in ("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise ValueError(f"`{name}` must be an integer of at least 0 (0 is off), but is {value!r}.")
+        for name in ("repetition_penalty", "encoder_repetition_penalty", "max_time"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be above 0, but is {value!r}.")
         if self.num_beams is not None and self.num_beams > 1:
             raise ValueError("Beam search is not defined for diffusion language models: leave `num_beams` unset.")
         # Stock `validate` calls a temperature without `do_sample` a mistake, and refuses several return sequences

@@ -1,5 +1,6 @@
 """The decoding loop that block and full attention share: slots, sampling, commits, the end of a row."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from .forward import Span, make_forward
 from .progress import RolloutBar
 from .samplers import TokenScores
 from .sampling import draw, uniform
+from .stopping import Stopping
 
 
 @dataclass
@@ -27,8 +29,11 @@ class DecodingPlan:
         confidence_threshold, entropy_bound (`float`): Parameters of the strategies.
         temperature (`float`): 0 is greedy.
         warpers (`LogitsProcessorList`): Filters that look at the scores only (top-k, top-p, min-p).
+        place_rules (`Callable | None`): What depends on a token's place, see [`make_place_rules`].
         processors (`LogitsProcessorList`): Processors that look at the row's tokens.
-        stopping (`Callable[[torch.LongTensor], bool] | None`): Called with `(1, length)` at the end of a block.
+        watermark (`LogitsProcessorList`): The processor that comes last.
+        stopping (`Stopping`): Asked at the end of a block.
+        deadline (`float | None`): When all rows end as they are, in seconds since the epoch; looked at after each step.
         suppressed (`torch.LongTensor`): Ids that are never sampled, the mask token among them.
         suppress_eos (`bool`): Whether EOS has no probability at all, neither as a token nor in a confidence.
         alg_temp (`float`): Noise in the ranking of the positions, 0 for none.
@@ -44,8 +49,11 @@ class DecodingPlan:
     entropy_bound: float
     temperature: float
     warpers: LogitsProcessorList
+    place_rules: Callable[..., torch.Tensor] | None
     processors: LogitsProcessorList
-    stopping: Callable[[torch.Tensor], bool] | None
+    watermark: LogitsProcessorList
+    stopping: Stopping
+    deadline: float | None
     suppressed: torch.Tensor
     suppress_eos: bool
     alg_temp: float
@@ -65,6 +73,7 @@ class Row:
     prompt: np.ndarray
     limit: int
     key: np.uint64
+    index: int = 0  # in the batch
     prefix: bytes = b""  # names the whole blocks of the prompt
     forwards: int = 0
     canvas_length: int = 0
@@ -139,6 +148,10 @@ class Decoder(ABC):
                     self._fill(taken)
                 active = len(self.rows)
                 bar.step(self._step(), forwards=active)
+                if self.plan.deadline is not None and time.time() > self.plan.deadline:
+                    waiting.clear()
+                    for slot in reversed(range(len(self.rows))):
+                        self._cut(slot)
                 bar.update(active - len(self.rows))
 
     def _width(self, rows: list[Row]) -> int:
@@ -240,16 +253,26 @@ class Decoder(ABC):
         if plan.suppress_eos:
             conditional = logits if conditional is None else conditional
             logits = logits.index_fill(-1, self._tensor(plan.eos_token_ids[plan.eos_token_ids >= 0]), -torch.inf)
+        raw = logits
         if plan.temperature not in (0, 1):
             logits = logits / plan.temperature
         every = logits.log_softmax(-1)
         allowed = every.index_fill(-1, plan.suppressed, -torch.inf)
-        if plan.processors:
-            allowed = self._process(logits.index_fill(-1, plan.suppressed, -torch.inf), row_of)
+        if plan.processors or plan.place_rules is not None:
+            allowed = raw.index_fill(-1, plan.suppressed, -torch.inf)
+            if plan.place_rules is not None:
+                place = positions - np.array([len(row.prompt) for row in self.rows])[row_of]
+                last = positions == slots["end"][row_of] - 1
+                allowed = plan.place_rules(allowed, *map(self._tensor, (place, positions, last)))
+            if plan.processors:
+                allowed = self._process(plan.processors, allowed, row_of)
+            allowed = allowed / (plan.temperature or 1)
         counters = slots["key"][row_of], positions, slots["step"][row_of]
         if plan.temperature > 0:
-            if plan.warpers:
-                allowed = plan.warpers(None, allowed)
+            allowed = plan.warpers(None, allowed)
+        if plan.watermark:
+            allowed = self._process(plan.watermark, allowed, row_of)
+        if plan.temperature > 0:
             tokens = draw(allowed, self._tensor(uniform(*counters, 0)))
         else:
             tokens = allowed.argmax(-1)
@@ -261,12 +284,14 @@ class Decoder(ABC):
         scores = TokenScores(masked, log_probs, every, lambda: self._tensor(uniform(*counters, 1)), plan.alg_temp)
         return tokens.cpu().numpy(), recorded.cpu().numpy(), scores
 
-    def _process(self, logits: torch.Tensor, row_of: np.ndarray) -> torch.Tensor:
+    def _process(self, processors: LogitsProcessorList, logits: torch.Tensor, row_of: np.ndarray) -> torch.Tensor:
         """Logits processors, row by row: each sees the row's prompt and committed tokens once per masked position."""
         pieces = []
         for slot, scores in enumerate(logits.split(np.bincount(row_of, minlength=len(self.rows)).tolist())):
             self._store(slot)
-            pieces.append(self.plan.processors(self._context(slot).expand(len(scores), -1), scores))
+            row, ids = self.rows[slot], self._context(slot).expand(len(scores), -1)
+            prompt = self._tensor(row.prompt[None])
+            pieces.append(processors(ids, scores, prompt_ids=prompt, batch_id=row.index))
         return torch.cat(pieces)
 
     def _context(self, slot: int) -> torch.Tensor:
@@ -288,17 +313,36 @@ class Decoder(ABC):
         """The block of `slot` is full: end the row or open its next block."""
         row = self.rows[slot]
         first, last = self._store(slot)
-        row.canvas_length = row.length = last
-        ends = (row.ids[first:last, None] == self.plan.eos_token_ids).any(-1).nonzero()[0]
-        if len(ends):
-            row.length = first + int(ends[0]) + 1
-        if self.streamer is not None:
-            self.streamer.put(torch.from_numpy(row.ids[first : row.length][None]))
-        stopped = self.plan.stopping is not None and self.plan.stopping(self._context(slot))
-        if len(ends) or last == row.limit or stopped:
+        row.canvas_length = last
+        ended = self._finish(row, first, last)
+        if ended or last == row.limit:
             self._close(slot)
         else:
             self._next(slot)
+
+    def _cut(self, slot: int) -> None:
+        """Time is up: what the row committed without a gap is its response, the rest of the block stays its context."""
+        row = self.rows[slot]
+        first, last = self._store(slot)
+        committed = row.steps[first:last] >= 0
+        row.canvas_length = last if committed.any() else first
+        self._finish(row, first, first + int(np.append(committed, False).argmin()))
+        self._close(slot)
+
+    def _finish(self, row: Row, first: int, last: int) -> bool:
+        """The response grows by the tokens `first:last`, up to EOS or where a stopping criterion ends it."""
+        row.length = last
+        ends = (row.ids[first:last, None] == self.plan.eos_token_ids).any(-1).nonzero()[0]
+        if len(ends):
+            row.length = first + int(ends[0]) + 1
+        kept = None
+        if self.plan.stopping and row.length > first:
+            ids = self._tensor(row.prompt), self._tensor(row.ids[: row.length])
+            kept = self.plan.stopping(row.index, *ids, first)
+        row.length = row.length if kept is None else kept
+        if self.streamer is not None and row.length > first:
+            self.streamer.put(torch.from_numpy(row.ids[first : row.length][None]))
+        return bool(len(ends)) or kept is not None
 
     def _next(self, slot: int) -> None:
         """Opens the block after the one that is full."""

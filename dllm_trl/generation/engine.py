@@ -25,7 +25,7 @@ def decode(
 ) -> DiffusionRollout:
     """Decodes `num_generations` responses to each prompt, siblings adjacent, and lays them out as a rollout on CPU."""
     rows = [
-        Row(prompt, limit, mix(plan.seed, index_offset + i, sibling))
+        Row(prompt, limit, mix(plan.seed, index_offset + i, sibling), i * num_generations + sibling)
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         for sibling in range(num_generations)
     ]

@@ -10,20 +10,25 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
+    WatermarkingConfig,
 )
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 
 from ..types import DiffusionRollout
-from .configuration import ALGORITHMS, DiffusionGenerationConfig, reject_renamed
+from .configuration import (
+    ALGORITHMS,
+    ARGUMENTS,
+    DiffusionGenerationConfig,
+    check_refused,
+    reject_renamed,
+)
 from .decoder import DecodingPlan
 from .engine import decode
+from .processors import make_place_rules, make_processors, make_warpers, make_watermark
 from .samplers import SAMPLERS, checked
+from .stopping import Stopping, deadline
 
 
 @dataclass
@@ -220,43 +225,47 @@ class DiffusionGenerationMixin(GenerationMixin):
         config.cache = config.cache or ("none" if full else "exact")
         if config.cache != "prefix" and "refresh_interval" not in sources[0] | sources[1]:
             config.refresh_interval = None  # the checkpoint's belongs to the checkpoint's cache
+        if isinstance(config.watermarking_config, dict):
+            config.watermarking_config = WatermarkingConfig.from_dict(config.watermarking_config)
+        check_refused(config)
         config.validate()
         return config, unknown
 
     def _decoding_plan(
         self,
         config: DiffusionGenerationConfig,
+        shape: tuple[int, int],
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         tokenizer=None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
     ) -> DecodingPlan:
+        """The parameters of one run over rows and prompts of `shape`."""
         device = self.get_input_embeddings().weight.device
         if config.mask_token_id is None:
             raise ValueError(
                 "The model's config has no `mask_token_id`. Set it there, or pass `mask_token_id=` to `generate`."
             )
-        warpers = LogitsProcessorList()
-        if config.do_sample and config.top_k:
-            warpers.append(TopKLogitsWarper(config.top_k))
-        if config.do_sample and config.top_p < 1:
-            warpers.append(TopPLogitsWarper(config.top_p))
-        if config.do_sample and config.min_p:
-            warpers.append(MinPLogitsWarper(config.min_p))
-        processors = LogitsProcessorList(logits_processor or [])
-        if config.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
         if config.stop_strings is not None:
             if tokenizer is None:
-                raise ValueError("`stop_strings` needs the tokenizer: pass `tokenizer=` to `generate`.")
+                raise ValueError("`stop_strings` needs the tokenizer: pass `tokenizer=`.")
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
         seed = config.seed
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         eos_token_ids = [token for token in _ids(config.eos_token_id) if token >= 0]
         suppressed = {config.mask_token_id, *_ids(config.suppress_tokens)}
+        never = suppressed | set(eos_token_ids if config.suppress_eos else [])
+        if not never.isdisjoint(_ids(config.forced_eos_token_id)):
+            raise ValueError(
+                f"`forced_eos_token_id={config.forced_eos_token_id!r}` forces a token that `suppress_tokens`, "
+                "`suppress_eos` or `mask_token_id` forbid. Leave one of them out."
+            )
+        eos = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
+        processors = make_processors(config, eos, prefix_allowed_tokens_fn)
         strategy = config.remasking_strategy
         return DecodingPlan(
             block_length=config.block_length,
@@ -265,9 +274,12 @@ class DiffusionGenerationMixin(GenerationMixin):
             confidence_threshold=config.confidence_threshold,
             entropy_bound=config.entropy_bound,
             temperature=config.temperature if config.do_sample else 0.0,
-            warpers=warpers,
-            processors=processors,
-            stopping=(lambda ids: bool(criteria(ids, None).all())) if criteria else None,
+            warpers=make_warpers(config),
+            place_rules=make_place_rules(config, eos),
+            processors=LogitsProcessorList([*processors, *(logits_processor or [])]),
+            watermark=make_watermark(config, self.config.vocab_size, device),
+            stopping=Stopping(criteria, *shape, config.pad_token_id),
+            deadline=deadline(criteria),
             suppressed=torch.tensor(sorted(suppressed), device=device),
             suppress_eos=config.suppress_eos,
             alg_temp=config.alg_temp,
@@ -289,6 +301,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         streamer=None,
         attention_mask: torch.Tensor | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         **kwargs,
     ) -> torch.LongTensor | DiffusionGenerateOutput:
         r"""
@@ -306,12 +319,17 @@ class DiffusionGenerationMixin(GenerationMixin):
                 and
                 `(n, V)` scores.
             stopping_criteria ([`~transformers.StoppingCriteriaList`], *optional*):
-                Called per row at the end of a block; the row ends there.
+                Called per row at the end of a block; the row ends there, or with a stop string after that. A time
+                limit (also `max_time`) is looked at after every step: all rows end as they are, and a response is what
+                was committed from its start without a gap. Of several rows each has its own copy of the lists, dicts
+                and tensors that a criterion keeps.
             streamer ([`~transformers.generation.streamers.BaseStreamer`], *optional*):
                 Receives the prompt, then each finished block (`put`), and after each step the block being denoised
                 (`put_draft`, if it has one). One prompt at a time.
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*):
                 1 for tokens, 0 for padding.
+            prefix_allowed_tokens_fn (`Callable`, *optional*):
+                As in transformers. Tokens must be committed from left to right, one by one.
             kwargs:
                 Fields of [`DiffusionGenerationConfig`], and `tokenizer` for `stop_strings`.
 
@@ -322,15 +340,14 @@ class DiffusionGenerationMixin(GenerationMixin):
             ValueError: an argument is unknown, out of range, or not defined for diffusion decoding.
         """
         inputs = kwargs.pop("input_ids", inputs)
-        for name in ("assistant_model", "inputs_embeds", "prompt_lookup_num_tokens", "custom_generate"):
+        for name in ARGUMENTS:
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"`{name}` is not supported by diffusion decoding; leave it out.")
         if inputs is None:
             raise ValueError("`input_ids` is required: a LongTensor of shape (batch, prompt length).")
         if inputs.dim() != 2:
             raise ValueError(f"`input_ids` must have shape (batch, prompt length), but has {tuple(inputs.shape)}.")
-        for name in ("synced_gpus", "use_cache", "disable_compile", "use_model_defaults"):
-            kwargs.pop(name, None)  # accepted for transformers' callers; they change nothing here
+        kwargs.pop("synced_gpus", None)  # accepted for transformers' callers
         tokenizer = kwargs.pop("tokenizer", None)
         config, unused = self._resolve_generation_config(generation_config, **kwargs)
         if unused:
@@ -356,7 +373,10 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError(
                 "`num_return_sequences` > 1 needs sampling: pass `do_sample=True` or a `temperature` above 0."
             )
-        plan = self._decoding_plan(config, logits_processor, stopping_criteria, tokenizer)
+        shape = len(inputs) * config.num_return_sequences, inputs.size(1)
+        plan = self._decoding_plan(
+            config, shape, logits_processor, stopping_criteria, tokenizer, prefix_allowed_tokens_fn
+        )
         prompts = [row[mask.bool()].numpy() for row, mask in zip(inputs.cpu(), attention_mask.cpu(), strict=True)]
         self._check_prompts(prompts, [limit] * len(prompts))
         if streamer is not None:
@@ -402,6 +422,7 @@ def generate_rollouts(
     index_offset: int = 0,
     fused: bool | None = None,
     show_progress: bool = False,
+    tokenizer=None,
 ) -> DiffusionRollout:
     r"""
     Many ragged prompts through a fixed number of slots: a slot takes the next row as soon as its row ends, and the
@@ -429,6 +450,8 @@ def generate_rollouts(
             Forces the fused (`True`) or the stock (`False`) decode forward; `None` picks.
         show_progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar: rows that are done, tokens per second, tokens per forward.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            For `stop_strings`.
 
     Returns:
         [`DiffusionRollout`]: on CPU, rows in the order of the prompts.
@@ -445,6 +468,11 @@ def generate_rollouts(
     elif max_new_tokens is not None:
         given["max_new_tokens"] = max(max_new_tokens, default=0)
     config, _ = model._resolve_generation_config(generation_config, **given)
+    if config.num_return_sequences not in (1, num_generations):
+        raise ValueError(
+            f"`num_return_sequences={config.num_return_sequences}` is `generate`'s; here it is `num_generations`, which "
+            f"is {num_generations}. Leave `num_return_sequences` out."
+        )
     if max_new_tokens is None:
         max_new_tokens = config.max_new_tokens
         if max_new_tokens is None:
@@ -454,7 +482,8 @@ def generate_rollouts(
         raise ValueError("`max_new_tokens` must be at least 1: one number, or a list with one per prompt.")
     arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
     model._check_prompts(arrays, limits)
-    plan = model._decoding_plan(config)
+    shape = len(arrays) * num_generations, max(map(len, arrays))
+    plan = model._decoding_plan(config, shape, tokenizer=tokenizer)
     return decode(
         model, arrays, limits, plan, num_generations, num_slots, index_offset, fused, show_progress=show_progress
     )

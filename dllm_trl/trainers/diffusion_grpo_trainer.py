@@ -16,6 +16,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
 from ..generation import DiffusionGenerationConfig, generate_rollouts
+from ..generation.processors import OFF, is_filtered
 from .advantages import in_accuracy_range, is_overlong, population_z_score
 from .checks import (
     check_attention,
@@ -173,15 +174,14 @@ class DiffusionGRPOTrainer(
 
         # Rollout and trainer log-probabilities are the same numbers under these conditions only
         config, plain = self.generation_config, not getattr(self.objective, "replays_rollout", False)
-        filtered = config.top_k or config.top_p < 1 or config.min_p or config.repetition_penalty != 1
-        self._recorded = not (plain or filtered or config.cfg_scale) and config.do_sample
+        self._recorded = not (plain or is_filtered(config) or config.cfg_scale) and config.do_sample
         # A rollout with an approximate cache saw other numbers: the difference is logged, and that is all
         self._comparable = self._recorded and config.cache in (None, "none", "exact")
         if args.use_rollout_logprobs and not self._comparable:
             raise ValueError(
                 "`use_rollout_logprobs=True` needs an objective that replays the rollout (`shrink=1`) and sampling "
-                "without `top_k`, `top_p`, `min_p`, `repetition_penalty`, `cfg_scale` and approximate `cache`: the "
-                "trainer computes other numbers otherwise."
+                "without `top_k`, `top_p`, `min_p`, `repetition_penalty` (or what else `generation_kwargs` has of the "
+                "kind), `cfg_scale` and approximate `cache`: the trainer computes other numbers otherwise."
             )
         self._drops_out = any(
             (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0)
@@ -215,7 +215,7 @@ class DiffusionGRPOTrainer(
         padding = range(len(self._tokenizer), self.model.config.vocab_size)
         never = self.model.config.suppressed_token_ids
         suppressed = {*padding, *never, *(extra.pop("suppress_tokens", None) or [])}
-        values = {
+        values = OFF | {
             "max_new_tokens": self.max_completion_length,
             "do_sample": True,
             "temperature": self.temperature,
@@ -264,7 +264,9 @@ class DiffusionGRPOTrainer(
         rows = torch.arange(first_row, first_row + len(prompt_ids), device=self.accelerator.device)
         known = mode == "eval" and self._eval_size is not None
         self._counted = rows < self._eval_size if known else torch.ones_like(rows, dtype=torch.bool)
-        seed = int.from_bytes(hashlib.sha256(f"{self.args.seed} {mode}".encode()).digest()[:7], "big")
+        given = (self.args.generation_kwargs or {}).get("seed")
+        seed = f"{self.args.seed if given is None else given} {mode}"
+        seed = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
 
         with (
             profiling_context(self, "generate_rollouts"),
@@ -287,6 +289,7 @@ class DiffusionGRPOTrainer(
                 seed=seed,
                 index_offset=first_row,
                 show_progress=self.is_world_process_zero() and not self.args.disable_tqdm,
+                tokenizer=self._tokenizer,
             )
         rollout = rollout.to(self.accelerator.device)
 
