@@ -150,6 +150,11 @@ def evaluate_accuracy(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
     config, eos_ids = _with_eos(model, tokenizer, generation_config)
+    if config.max_time is not None or model.generation_config.max_time is not None:
+        raise ValueError(
+            "`max_time` ends the responses of one call of `generate` early; an evaluation would depend on "
+            "`batch_size` and on the machine. Leave it out of `generation_config`, and lower `max_new_tokens`."
+        )
     if seed is None:
         seed = getattr(config, "seed", None) or 0
     prompts = [_tokenize(tokenizer, problem["prompt"], chat_template_kwargs or {}) for problem in problems]
@@ -161,7 +166,13 @@ def evaluate_accuracy(
             for start in range(0, len(problems), batch_size):
                 part = slice(start, start + batch_size)
                 rollout = generate_rollouts(
-                    model, prompts[part], config, num_slots=num_slots, seed=seed, index_offset=start
+                    model,
+                    prompts[part],
+                    config,
+                    num_slots=num_slots,
+                    seed=seed,
+                    index_offset=start,
+                    tokenizer=tokenizer,
                 )
                 records += _judge(tokenizer, problems[part], rollout, reward_func, eos_ids)
                 committed += (rollout.step_map >= 0).sum().item()

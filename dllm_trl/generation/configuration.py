@@ -182,15 +182,15 @@ def check_refused(config: GenerationConfig) -> None:
         off = 1 if name == "guidance_scale" else defaults.get(name)
         if value and value != off:
             raise ValueError(
-                f"`{name}={value!r}` is not supported by diffusion decoding: {reason}. Leave it out (in a checkpoint's "
-                f"own parameters: `model.generation_config.{name} = None`)."
+                f"`{name}={value!r}` is not supported by diffusion decoding: {reason}. Leave it out (in a "
+                f"checkpoint's own parameters: `model.generation_config.{name} = None`)."
             )
 
 
 def reject_renamed(values: dict[str, Any]) -> None:
     """Raises a `ValueError` that says our name for every argument that other code bases call differently."""
     for name, value in values.items():
-        if name == "guidance_scale" and value in (None, 1):  # off
+        if name == "guidance_scale" and (not value or value == 1):  # off
             continue
         if name in RENAMED:
             raise ValueError(f"`{name}` is not an argument here; use `{RENAMED[name]}`.")

@@ -33,7 +33,7 @@ class DecodingPlan:
         processors (`LogitsProcessorList`): Processors that look at the row's tokens.
         watermark (`LogitsProcessorList`): The processor that comes last.
         stopping (`Stopping`): Asked at the end of a block.
-        deadline (`float | None`): When all rows end as they are, in seconds since the epoch; looked at after each step.
+        deadline (`float | None`): When all rows end as they are, in seconds since the epoch; asked after each step.
         suppressed (`torch.LongTensor`): Ids that are never sampled, the mask token among them.
         suppress_eos (`bool`): Whether EOS has no probability at all, neither as a token nor in a confidence.
         alg_temp (`float`): Noise in the ranking of the positions, 0 for none.
@@ -321,7 +321,7 @@ class Decoder(ABC):
             self._next(slot)
 
     def _cut(self, slot: int) -> None:
-        """Time is up: what the row committed without a gap is its response, the rest of the block stays its context."""
+        """Time is up: what was committed without a gap is the response, the rest of the block stays context."""
         row = self.rows[slot]
         first, last = self._store(slot)
         committed = row.steps[first:last] >= 0

@@ -470,8 +470,8 @@ def generate_rollouts(
     config, _ = model._resolve_generation_config(generation_config, **given)
     if config.num_return_sequences not in (1, num_generations):
         raise ValueError(
-            f"`num_return_sequences={config.num_return_sequences}` is `generate`'s; here it is `num_generations`, which "
-            f"is {num_generations}. Leave `num_return_sequences` out."
+            f"`num_return_sequences={config.num_return_sequences}` is `generate`'s; here it is `num_generations`, "
+            f"which is {num_generations}. Leave `num_return_sequences` out."
         )
     if max_new_tokens is None:
         max_new_tokens = config.max_new_tokens

@@ -73,6 +73,17 @@ def check_options(trainer: str, args, reward_funcs, not_supported: dict[str, obj
                 f"`{option}` is not supported by `{trainer}` (yet): what it returns has no step map to learn from. "
                 "Leave it unset."
             )
+    if (args.generation_kwargs or {}).get("max_time") is not None:
+        raise ValueError(
+            "`generation_kwargs` must not hold `max_time`: a rollout that ends by the clock cannot be resumed. Lower "
+            "`max_completion_length`."
+        )
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"`neftune_noise_alpha={args.neftune_noise_alpha}` adds noise to the embeddings that are scored and not "
+            f"to those of the rollout, so that `{trainer}` would train another policy than the one that answered. "
+            "Leave it unset; it is for `DiffusionSFTTrainer`."
+        )
     for option in SHARED.keys() & (args.generation_kwargs or {}).keys():
         raise ValueError(
             f"`generation_kwargs` must not hold `{option}`, which rollout and training share. Set `{SHARED[option]}`."
@@ -101,12 +112,29 @@ def check_attention(config, args, objective) -> None:
 
 def check_router_loss(config, args) -> None:
     """Raises if a load-balancing loss is wanted of experts that have none (LLaDA2 balances them by a bias)."""
+    kwargs = args.gradient_checkpointing_kwargs or {}
+    has_experts = hasattr(config, "output_router_logits") and args.router_aux_loss_coef != 0
+    if has_experts and args.gradient_checkpointing and kwargs.get("use_reentrant"):
+        raise ValueError(
+            "`gradient_checkpointing_kwargs={'use_reentrant': True}` leaves the load-balancing loss of the experts "
+            "without a gradient. Set `use_reentrant` to `False`, or `router_aux_loss_coef=0.0`."
+        )
     balanced = hasattr(config, "router_aux_loss_coef") or not hasattr(config, "output_router_logits")
     if args.router_aux_loss_coef and not balanced:
         raise ValueError(
             f"`router_aux_loss_coef={args.router_aux_loss_coef}`, but `{config.model_type}` has no load-balancing "
             "loss. Leave `router_aux_loss_coef` unset."
         )
+
+
+def check_precision(args) -> None:
+    """Raises if half precision is wanted of a device that would go on in single precision without a word."""
+    for name in ("fp16", "fp16_full_eval"):
+        if getattr(args, name) and args.device.type == "cpu":
+            raise ValueError(
+                f"`{name}=True` has no effect on a CPU. Set `{name}=False`; `{name.replace('fp16', 'bf16')}=True` "
+                "works there."
+            )
 
 
 def check_peft(model, peft_config) -> None:

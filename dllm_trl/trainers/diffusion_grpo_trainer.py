@@ -24,6 +24,7 @@ from .checks import (
     check_model,
     check_options,
     check_peft,
+    check_precision,
     check_prompts,
     check_reward_columns,
     check_router_loss,
@@ -119,6 +120,7 @@ class DiffusionGRPOTrainer(
             raise TypeError(f"`args` must be a `{self.config_class.__name__}`, but is a `{type(args).__name__}`.")
         not_supported = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         check_options(type(self).__name__, args, reward_funcs, not_supported)
+        check_precision(args)
         check_peft(model, peft_config)
         check_router_loss(check_model(model, args.model_init_kwargs, args.trust_remote_code), args)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):

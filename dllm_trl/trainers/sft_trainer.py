@@ -27,7 +27,7 @@ from .._compat import use_small_logprob_tiles
 from ..modeling.packing import PackedRounds, pack_causal
 from ..types import Round
 from .chat_template import mark_assistant
-from .checks import check_model, check_peft, check_router_loss, find_mask_token
+from .checks import check_model, check_peft, check_precision, check_router_loss, find_mask_token
 from .metrics import RatioMetricsMixin, new_notes
 from .model_card import DiffusionModelCardMixin
 from .objectives.sft import (
@@ -140,6 +140,7 @@ class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, Rat
                 "`compute_loss_func` is not supported by `DiffusionSFTTrainer`: it gets the logits of a causal model. "
                 "Pass a callable as `DiffusionSFTConfig(objective=...)`, or override `compute_loss`."
             )
+        check_precision(args)
         check_peft(model, peft_config)
         config = check_model(model, args.model_init_kwargs, args.trust_remote_code)
         check_router_loss(config, args)

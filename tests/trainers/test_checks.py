@@ -7,7 +7,7 @@ import pytest
 
 from dllm_trl import DiffusionSFTConfig, TraceRLConfig
 from dllm_trl.modeling import FAMILIES, NAMESAKES
-from dllm_trl.trainers.checks import check_model, check_peft, check_router_loss
+from dllm_trl.trainers.checks import check_model, check_options, check_peft, check_precision, check_router_loss
 
 from .tiny_rl import TINY, make_model
 
@@ -72,3 +72,32 @@ def test_router_loss(tmp_path):
 
 def test_there_is_a_tiny_model_of_every_family():
     assert set(TINY) == {*FAMILIES, *(name for names in NAMESAKES.values() for name in names)}
+
+
+def test_reentrant_checkpointing_and_the_router_loss(tmp_path):
+    """It would leave the loss without a gradient."""
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    for kind in (DiffusionSFTConfig, TraceRLConfig):
+        arguments = kind(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **reentrant)
+        for family in ("sdar_moe", "LLaDAMoEModelLM"):
+            with pytest.raises(ValueError, match="`gradient_checkpointing_kwargs=.*without a gradient"):
+                check_router_loss(make_model(family).config, arguments)
+        check_router_loss(make_model("sdar").config, arguments)
+        arguments.router_aux_loss_coef = 0.0
+        check_router_loss(make_model("sdar_moe").config, arguments)
+
+
+def test_half_precision_that_a_cpu_does_not_have(tmp_path):
+    for kind in (DiffusionSFTConfig, TraceRLConfig):
+        for name in ("fp16", "fp16_full_eval"):
+            arguments = kind(str(tmp_path), use_cpu=True, **({"bf16": False} | {name: True}))
+            with pytest.raises(ValueError, match=f"`{name}=True` has no effect on a CPU"):
+                check_precision(arguments)
+        check_precision(kind(str(tmp_path), use_cpu=True, bf16=True))
+
+
+def test_options_of_rollouts_that_training_cannot_follow(tmp_path):
+    quiet = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    for given in ({"generation_kwargs": {"max_time": 1.0}}, {"neftune_noise_alpha": 5.0}):
+        with pytest.raises(ValueError, match="`max_time`|`neftune_noise_alpha=5.0`"):
+            check_options("TraceRLTrainer", TraceRLConfig(str(tmp_path), **quiet, **given), None, {})

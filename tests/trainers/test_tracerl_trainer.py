@@ -254,6 +254,23 @@ def test_generation_kwargs(tmp_path):
     assert padding and trainer.generation_config.suppress_tokens == [7, 8, *padding]
 
 
+def test_a_seed_and_filters_of_the_rollout(tmp_path):
+    """`generation_kwargs` may hold a seed and filters; the checkpoint's own filters stay out of training."""
+    answers = []
+    for seed in (None, 3, 3):
+        model = make_model()
+        model.generation_config.min_new_tokens = 5
+        kwargs = {"seed": seed, "typical_p": 0.9} if seed else {}
+        trainer = make_trainer(tmp_path / str(len(answers)), model, generation_kwargs=kwargs, max_steps=1)
+        assert trainer.generation_config.min_new_tokens == 0
+        trainer.train()
+        assert bool(logged(trainer, "sampling/sampling_logp_difference/max")) == (seed is None)
+        answers.append(list(trainer._logs["completion"]))
+    assert answers[0] != answers[1] == answers[2]
+    with pytest.raises(ValueError, match="`output_scores=True` is not supported"):
+        make_trainer(tmp_path / "refused", generation_kwargs={"output_scores": True})
+
+
 def test_saved_model_loads_and_the_card_says_what_it_is(tmp_path, warnings_of):
     trainer = make_trainer(tmp_path, block_length=2, save_strategy="steps", save_steps=2, max_steps=2)
     trainer.train()
