@@ -3,7 +3,8 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 
 
@@ -144,3 +145,29 @@ def use_small_logprob_tiles(device_type: str) -> None:
         from trl.trainer import utils
 
         utils._CHUNKED_LOGPROB_CHUNK_SIZE = 2048
+
+
+@contextmanager
+def idle_fsdp_hooks(modules: list) -> Iterator[None]:
+    """
+    The forward hooks of `modules` of FSDP2 neither gather nor free weights. They still cast what a mixed precision policy
+    says.
+
+    In the state set here a module is called once more during the backward pass, by activation checkpointing, and FSDP
+    leaves its weights to the hooks of that pass.
+    """
+    states = {id(state): state for state in (module._get_fsdp_state() for module in modules)}.values()
+    if not states:
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    before = [state._training_state for state in states]
+    for state in states:
+        state._training_state = TrainingState.PRE_BACKWARD
+    try:
+        yield
+    finally:
+        for state, earlier in zip(states, before):
+            state._training_state = earlier
+            state._modules_to_run_forward.clear()  # of modules that share a state, some may have been called alone

@@ -8,6 +8,7 @@ from .block import BlockDecoder
 from .canvas import CanvasDecoder
 from .decoder import DecodingPlan, Row
 from .sampling import mix
+from .sharded import whole_weights
 
 
 @torch.no_grad()
@@ -31,7 +32,8 @@ def decode(
     ]
     full = model.config.diffusion_attention == "full"
     decoder = CanvasDecoder if full else BlockDecoder
-    decoder(model, plan, fused, streamer, show_progress).run(rows, num_slots or len(rows))
+    with whole_weights(model):
+        decoder(model, plan, fused, streamer, show_progress).run(rows, num_slots or len(rows))
     batch, width = len(rows), max(row.canvas_length for row in rows)
     prompt_width = max(len(row.prompt) for row in rows)
     shape = (batch, width)

@@ -26,7 +26,7 @@ from dllm_trl.generation import DiffusionGenerationMixin
 from dllm_trl.modeling import FAMILIES, NAMESAKES
 from dllm_trl.modeling.masks import SDPA_PLAN, adapt_mask, block_causal_mask, pad_free_positions
 from dllm_trl.modeling.packing import ChunkedPlan
-from dllm_trl.modeling.recompute import LARGE, keep_products
+from dllm_trl.modeling.recompute import LARGE, keep_products, without_reentrant
 
 
 # Config class -> names its published config.json may have in `architectures`.
@@ -259,20 +259,22 @@ class DiffusionBackboneMixin(_ImplementationMixin):
         """Chunk after chunk. If there are several, each keeps nothing for the backward pass but its input."""
         pieces = input_ids.split(plan.tokens, dim=1), position_ids.split(plan.tokens, dim=1)
         starts = accumulate(plan.tokens[:-1], initial=0)
-        outputs = []
+        outputs, several = [], torch.distributed.is_initialized()
+        recomputed = torch.is_grad_enabled() and len(plan.plans) > 1
         for ids, positions, read, start, part in zip(
             *pieces, score_index.split(plan.reads), starts, plan.plans, strict=True
         ):
 
             def run(_, arguments=(ids, None, positions), plan=part, read=read - start):
-                output = self.forward(*arguments, plan=plan, score_index=read, **kwargs)
+                with without_reentrant(self.layers) if recomputed and several else nullcontext():
+                    output = self.forward(*arguments, plan=plan, score_index=read, **kwargs)
                 return output.last_hidden_state, *(getattr(output, "router_logits", None) or ())
 
-            if torch.is_grad_enabled() and len(plan.plans) > 1:
+            if recomputed:
                 # The reentrant kind leaves not even the nodes of a graph behind, but fires the hooks of a parameter
                 # once per chunk, which those that average gradients over processes do not expect
                 anchor = torch.zeros(1, device=ids.device, requires_grad=True)  # says whose random state to restore
-                outputs.append(checkpoint(run, anchor, use_reentrant=not torch.distributed.is_initialized()))
+                outputs.append(checkpoint(run, anchor, use_reentrant=not several))
             else:
                 outputs.append(run(None))
         hidden, *routers = zip(*outputs, strict=True)

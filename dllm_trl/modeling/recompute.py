@@ -52,3 +52,28 @@ def keep_products(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
         for layer in layers:
             layer.gradient_checkpointing = False
             del layer._gradient_checkpointing_func
+
+
+@contextmanager
+def without_reentrant(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """
+    Within it, decoder layers with gradient checkpointing of the reentrant kind have none. That kind finishes the
+    gradient of a parameter in each of its backward passes, so a layer that is called several times before one backward
+    pass hands the same gradient several times to those that average gradients over processes (DDP, ZeRO), which refuse.
+
+    Args:
+        layers (`Iterable[GradientCheckpointingLayer]`):
+            Decoder layers whose computation is itself recomputed in the backward pass.
+    """
+    off = [
+        layer
+        for layer in layers
+        if layer.gradient_checkpointing and layer._gradient_checkpointing_func.keywords.get("use_reentrant")
+    ]
+    for layer in off:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in off:
+            layer.gradient_checkpointing = True

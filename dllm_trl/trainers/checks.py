@@ -62,6 +62,12 @@ def check_options(trainer: str, args, reward_funcs, not_supported: dict[str, obj
             f"`{option}=True` decodes left to right and is not supported by `{trainer}`, which has its own decoding "
             f"engine (it shares its weights with the trainer). Set `{option}=False`."
         )
+    if not args.ds3_gather_for_generation:
+        raise ValueError(
+            f"`ds3_gather_for_generation=False` is not supported by `{trainer}`: responses end when they like, so "
+            "processes decode different numbers of forwards, and one that gathered weights in each would wait forever "
+            "for the others. Leave it `True`; where the whole weights do not fit, use LoRA or fewer `num_slots`."
+        )
     if args.cache_implementation is not None:
         raise ValueError(
             f"`cache_implementation` is not supported by `{trainer}`: its engine keeps an exact cache of its own. "
@@ -91,6 +97,16 @@ def check_options(trainer: str, args, reward_funcs, not_supported: dict[str, obj
     for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if function is not None and not isinstance(function, str) and not callable(function):
             raise TypeError(f"`reward_funcs` must be functions, models or model names, but holds {function!r}.")
+
+
+def check_sharding(trainer: str, fsdp_version: int | None) -> None:
+    """Raises if the model is sharded in a way in which its weights cannot be gathered for a whole rollout."""
+    if fsdp_version == 1:
+        raise ValueError(
+            f"`fsdp_version: 1` is not supported by `{trainer}`: its forwards gather weights one by one, but processes "
+            "decode different numbers of forwards. Set `fsdp_version: 2`, as `recipes/accelerate/fsdp2.yaml` does, or "
+            "use DeepSpeed ZeRO."
+        )
 
 
 def check_attention(config, args, objective) -> None:

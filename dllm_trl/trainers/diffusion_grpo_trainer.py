@@ -17,6 +17,7 @@ from trl.trainer.utils import get_config_model_id
 from .._compat import use_small_logprob_tiles
 from ..generation import DiffusionGenerationConfig, generate_rollouts
 from ..generation.processors import OFF, is_filtered
+from ..generation.sharded import whole_weights
 from .advantages import in_accuracy_range, is_overlong, population_z_score
 from .checks import (
     check_attention,
@@ -28,6 +29,7 @@ from .checks import (
     check_prompts,
     check_reward_columns,
     check_router_loss,
+    check_sharding,
     find_mask_token,
     guard_reward,
 )
@@ -149,6 +151,7 @@ class DiffusionGRPOTrainer(
         finally:
             args.beta = beta
         self.beta = beta
+        check_sharding(type(self).__name__, self._dist.fsdp_version)
         use_small_logprob_tiles(self.accelerator.device.type)
         if self.scale_rewards == "population":
             self.scale_rewards = "none"  # TRL centres the rewards, `_set_advantages` does the rest
@@ -279,7 +282,7 @@ class DiffusionGRPOTrainer(
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as unwrapped,
             torch.no_grad(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            whole_weights(unwrapped),
             self._evaluating(unwrapped),
             self.accelerator.autocast(),
         ):

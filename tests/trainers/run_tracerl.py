@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 
+from peft import LoraConfig
+from sharded_on_cpu import shard_on_cpu
 from tiny_rl import letter_reward, make_model, make_prompts, make_tokenizer
 from transformers import TrainerCallback
 
@@ -24,15 +26,20 @@ class Kill(TrainerCallback):
 
 
 def main(options: dict) -> None:
-    resume, kill_at, rows, family = (options.pop(name, None) for name in ("resume", "kill_at", "rows", "family"))
-    args = TraceRLConfig(report_to="none", use_cpu=True, bf16=False, logging_steps=1, **options)
+    names = ("resume", "kill_at", "rows", "eval_rows", "family", "sharded", "lora", "model")
+    resume, kill_at, rows, eval_rows, family, sharded, lora, model = (options.pop(name, None) for name in names)
+    if sharded:
+        shard_on_cpu()
+    args = TraceRLConfig(report_to="none", use_cpu=not sharded, bf16=False, logging_steps=1, **options)
     trainer = TraceRLTrainer(
-        model=make_model(family or "sdar"),
+        model=model or make_model(family or "sdar"),
         reward_funcs=letter_reward,
         args=args,
         train_dataset=make_prompts(rows),
+        eval_dataset=make_prompts(eval_rows) if eval_rows else None,
         processing_class=make_tokenizer(),
         callbacks=[Kill(kill_at)] if kill_at else None,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear") if lora else None,
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
