@@ -150,8 +150,8 @@ def use_small_logprob_tiles(device_type: str) -> None:
 @contextmanager
 def idle_fsdp_hooks(modules: list) -> Iterator[None]:
     """
-    The forward hooks of `modules` of FSDP2 neither gather nor free weights. They still cast what a mixed precision policy
-    says.
+    The forward hooks of `modules` of FSDP2 neither gather nor free weights. They still cast what a mixed precision
+    policy says.
 
     In the state set here a module is called once more during the backward pass, by activation checkpointing, and FSDP
     leaves its weights to the hooks of that pass.

@@ -59,7 +59,7 @@ def without_reentrant(layers: Iterable[torch.nn.Module]) -> Iterator[None]:
     """
     Within it, decoder layers with gradient checkpointing of the reentrant kind have none. That kind finishes the
     gradient of a parameter in each of its backward passes, so a layer that is called several times before one backward
-    pass hands the same gradient several times to those that average gradients over processes (DDP, ZeRO), which refuse.
+    pass hands the same gradient several times to those that average gradients over processes (DDP, ZeRO): they refuse.
 
     Args:
         layers (`Iterable[GradientCheckpointingLayer]`):

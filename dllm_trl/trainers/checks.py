@@ -103,7 +103,7 @@ def check_sharding(trainer: str, fsdp_version: int | None) -> None:
     """Raises if the model is sharded in a way in which its weights cannot be gathered for a whole rollout."""
     if fsdp_version == 1:
         raise ValueError(
-            f"`fsdp_version: 1` is not supported by `{trainer}`: its forwards gather weights one by one, but processes "
+            f"`fsdp_version: 1` is not supported by `{trainer}`: each forward gathers weights, but processes "
             "decode different numbers of forwards. Set `fsdp_version: 2`, as `recipes/accelerate/fsdp2.yaml` does, or "
             "use DeepSpeed ZeRO."
         )

@@ -5,12 +5,13 @@ import importlib.util
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distributed import HERE, history, launch
-from tiny_rl import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from dllm_trl import TraceRLConfig, TraceRLTrainer
 from dllm_trl.trainers.checks import check_sharding
+
+from .test_distributed import HERE, history, launch
+from .tiny_rl import make_model, make_tokenizer
 
 
 RECIPES = HERE.parents[1] / "recipes" / "accelerate"
@@ -19,7 +20,9 @@ COMMON = {"per_device_train_batch_size": 2, "max_steps": 2, "save_strategy": "no
 slow = pytest.mark.slow
 zero = [
     slow,
-    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, which is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, which is not installed"
+    ),
 ]
 
 
