@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 
 
@@ -171,3 +171,24 @@ def idle_fsdp_hooks(modules: list) -> Iterator[None]:
         for state, earlier in zip(states, before):
             state._training_state = earlier
             state._modules_to_run_forward.clear()  # of modules that share a state, some may have been called alone
+
+
+@contextmanager
+def making_reference(make: Callable) -> Iterator[None]:
+    """While a `GRPOTrainer` is built around a model in memory: `make()` gives its reference model."""
+    from trl.trainer import grpo_trainer
+
+    original, grpo_trainer.create_model_from_path = grpo_trainer.create_model_from_path, lambda *_, **__: make()
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = original
+
+
+def writable_parameters(model, is_zero3: bool):
+    """Context in which a model's parameters can be filled from a whole state dict also where DeepSpeed parts them."""
+    if not is_zero3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)

@@ -237,6 +237,18 @@ def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]
                 )
 
 
+def check_enough_prompts(dataset, args) -> None:
+    """Raises if a map-style dataset cannot fill one generation batch: TRL drops the rest, which here is everything."""
+    needed = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} prompts, but one generation batch takes {needed} "
+            f"(`generation_batch_size={args.generation_batch_size}`, `num_generations={args.num_generations}`): "
+            "no step would be taken. Add prompts, or lower `generation_batch_size`, `steps_per_generation` or "
+            "`per_device_train_batch_size`."
+        )
+
+
 class _Naming:
     """Context in which an error says which reward function raised it, and what that was called with."""
 

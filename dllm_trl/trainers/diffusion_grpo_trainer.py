@@ -22,6 +22,7 @@ from .advantages import in_accuracy_range, is_overlong, population_z_score
 from .checks import (
     check_attention,
     check_columns,
+    check_enough_prompts,
     check_model,
     check_options,
     check_peft,
@@ -33,13 +34,15 @@ from .checks import (
     find_mask_token,
     guard_reward,
 )
+from .completion_tables import CompletionTablesMixin
 from .diffusion_grpo_config import DiffusionGRPOConfig
-from .exact_resume import ExactResumeMixin
 from .metrics import EXTREMES, RatioMetricsMixin, new_notes
 from .model_card import DiffusionModelCardMixin
 from .objectives import Objective, TraceObjective, make_objective
 from .on_policy import judge_difference
 from .published_checkpoints import PublishedCheckpointMixin
+from .reference_model import copied_reference
+from .rollout_resume import RolloutResumeMixin
 from .round_packing import pack_batch
 
 
@@ -53,7 +56,12 @@ _CONTEXT = ("canvas_ids", "canvas_mask", "step_map", "scored")
 
 
 class DiffusionGRPOTrainer(
-    PublishedCheckpointMixin, ExactResumeMixin, DiffusionModelCardMixin, RatioMetricsMixin, GRPOTrainer
+    PublishedCheckpointMixin,
+    RolloutResumeMixin,
+    CompletionTablesMixin,
+    DiffusionModelCardMixin,
+    RatioMetricsMixin,
+    GRPOTrainer,
 ):
     r"""
     [`~trl.GRPOTrainer`] for block diffusion language models: the rollout comes from the decoding engine of this
@@ -135,19 +143,20 @@ class DiffusionGRPOTrainer(
         if args.kl_target == "old":
             args.beta = 0.0
         try:
-            super().__init__(
-                model=model,
-                reward_funcs=reward_funcs,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                reward_processing_classes=reward_processing_classes,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-            )
+            with copied_reference(model):
+                super().__init__(
+                    model=model,
+                    reward_funcs=reward_funcs,
+                    args=args,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    reward_processing_classes=reward_processing_classes,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    quantization_config=quantization_config,
+                    peft_config=peft_config,
+                )
         finally:
             args.beta = beta
         self.beta = beta
@@ -158,6 +167,7 @@ class DiffusionGRPOTrainer(
 
         config = self.model.config
         check_attention(config, args, self.objective)
+        check_enough_prompts(self.train_dataset, args)
         # Full attention: the rollout's blocks, which training does not know. By default the whole response is one
         self.block_length = args.block_length or config.block_size or self.max_completion_length
         self._grid = self.block_length if config.diffusion_attention == "block" else None

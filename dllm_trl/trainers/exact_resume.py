@@ -1,114 +1,174 @@
-"""What makes a killed run end with the weights of one that was not, also in the middle of a rollout buffer."""
+"""What makes a killed run end with the weights of one that was not, for SFT and for RL."""
 
 import json
-import os
-from collections.abc import Callable, Iterator
+import time
 from pathlib import Path
 
-import torch
+import numpy as np
 from accelerate.logging import get_logger
-from datasets import Dataset
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.utils import RepeatSampler
+from accelerate.utils import gather_object, is_peft_model
+from torch import nn
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .checkpoint_files import (
+    ADAPTER,
+    DEEPSPEED_FILES,
+    FSDP_FILES,
+    RUN_STATE_NAME,
+    STATE_FILES,
+    WHOLE_MODEL,
+    find_faults,
+    list_checkpoints,
+    list_files,
+    read_json,
+)
 
 
 logger = get_logger(__name__)
 
 
-class _EpochSampler(RepeatSampler):
-    """[`~trl.trainer.utils.RepeatSampler`] whose order is a function of the epoch, so that a resumed run finds it
-    again."""
-
-    def __init__(self, *args, epoch: Callable[[], int], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + self.epoch())
-        return super().__iter__()
-
-
 class ExactResumeMixin:
     """
-    For a [`~trl.GRPOTrainer`]: prompts come in an order that a resumed run finds again, and each process keeps its
-    rollout buffer in the checkpoint. Mixed in before the trainer's class.
+    For a [`~transformers.Trainer`]: a checkpoint is whole or known not to be, it is judged before anything of it is
+    loaded, and what a training step draws is a function of the step. Mixed in before the trainer's class.
     """
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
-        sampler = super()._get_train_sampler(dataset)
-        return _EpochSampler(
-            sampler.data_source,
-            mini_repeat_count=sampler.mini_repeat_count,
-            batch_size=sampler.batch_size,
-            repeat_count=sampler.repeat_count,
-            shuffle=sampler.shuffle,
-            seed=sampler.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+    _micro_step = 0  # forward and backward passes since the last optimizer step
+    _may_lack = ""  # pattern of files without which a run goes on, with a word about it
+
+    # ------------------------------------------------------------------------------------------------------- resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_complete_checkpoint()
-        # What an earlier call left in the buffer is not this run's
-        self._step, self._buffered_inputs, self._policy_step = 0, None, None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            resume_from_checkpoint = self._last_whole_checkpoint()
+        elif resume_from_checkpoint:
+            faults = self._find_faults([resume_from_checkpoint])[0]
+            if faults:
+                raise ValueError(_refusal(resume_from_checkpoint, faults))
+        elif self.args.save_strategy != "no" and (earlier := list_checkpoints(self.args.output_dir)):
+            names = ", ".join(earlier[step].name for step in sorted(earlier))
+            logger.warning(
+                f"`output_dir` {self.args.output_dir} holds checkpoints of an earlier run ({names}), and this run "
+                "writes its own among them. To go on with the earlier run, call "
+                "`train(resume_from_checkpoint=True)`; to keep the two apart, choose another `output_dir`."
+            )
+        if resume_from_checkpoint:
+            self._take_up(resume_from_checkpoint)
+        set_seed(self.args.seed)  # the order of the data begins with it, whatever was drawn since construction
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.state.global_step == 0 and self.args.num_train_epochs > 0:
+            raise ValueError(
+                "Not one step was taken: `train_dataset` does not fill a single batch. Give it more rows, or lower "
+                "`per_device_train_batch_size` (RL: `generation_batch_size`, SFT: also `dataloader_drop_last=False`)."
+            )
+        if resume_from_checkpoint and self.state.global_step == self._initial_global_step:
+            logger.warning(
+                f"{resume_from_checkpoint} is at step {self.state.global_step}, and this run ends at step "
+                f"{self.state.max_steps}: nothing is left to train. To go on, raise `num_train_epochs` or `max_steps`."
+            )
+        return output
 
-    def _last_complete_checkpoint(self) -> str:
-        """The newest checkpoint that was written to its end: `trainer_state.json` is the last file of each."""
-        folders = Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        steps = {int(number): path for path in folders if (number := path.name.rsplit("-", 1)[1]).isdigit()}
-        for folder in (steps[step] for step in sorted(steps, reverse=True)):
-            try:
-                json.loads((folder / "trainer_state.json").read_text())
-                return str(folder)
-            except (FileNotFoundError, json.JSONDecodeError):
-                logger.warning(f"{folder} is incomplete (was the run killed while writing it?) and is passed over.")
-        raise ValueError(f"No complete checkpoint found in `output_dir` {self.args.output_dir}.")
+    def _take_up(self, checkpoint: str) -> None:
+        state = read_json(Path(checkpoint) / RUN_STATE_NAME)
+        if state is None:
+            logger.warning(
+                f"{checkpoint} has no `{RUN_STATE_NAME}`, as checkpoints of other trainers: token counts start at 0."
+            )
+            return
+        self._total_train_tokens = state["total_train_tokens"]
+        if state["num_processes"] != self.accelerator.num_processes:
+            logger.warning(
+                f"{checkpoint} was written by {state['num_processes']} processes, this run has "
+                f"{self.accelerator.num_processes}: dropout and what else a process draws will differ."
+            )
 
-    def _rollout_state_file(self, folder: str) -> Path:
-        return Path(folder) / f"rollout_state_{self.accelerator.process_index}.pt"
+    def _required_files(self) -> list[tuple[str, ...]]:
+        """For each file that resuming reads its possible names, by the way this run is sharded."""
+        if self.is_deepspeed_enabled:
+            return DEEPSPEED_FILES
+        if self.is_fsdp_enabled:
+            return FSDP_FILES
+        return [ADAPTER if is_peft_model(self.model) else WHOLE_MODEL, *STATE_FILES]
+
+    def _find_faults(self, folders: list[str | Path]) -> list[list[str]]:
+        """For each folder what is wrong with it, on any process, so that all of them decide alike."""
+        faults = [find_faults(folder, self._required_files(), self._may_lack) for folder in folders]
+        everywhere = gather_object([faults])
+        return [list(dict.fromkeys(sum(per_process, []))) for per_process in zip(*everywhere, strict=True)]
+
+    def _last_whole_checkpoint(self) -> str:
+        """The checkpoint in `output_dir` that was written last, of those that are whole."""
+        folders = list_checkpoints(self.args.output_dir)
+        written = {
+            step: (read_json(path / RUN_STATE_NAME) or {}).get("written", 0.0) for step, path in folders.items()
+        }
+        order = sorted(folders, key=lambda step: (written[step], step), reverse=True)
+        faults = dict(zip(order, self._find_faults([folders[step] for step in order]), strict=True))
+        for step in order:
+            if faults[step]:
+                logger.warning(
+                    f"{folders[step]} is incomplete (was the run killed while writing it?) and is passed over: "
+                    f"{'; '.join(faults[step])}."
+                )
+                continue
+            later = [folders[other].name for other in sorted(order) if other > step and not faults[other]]
+            if later:
+                logger.warning(
+                    f"{folders[step]} was written last and is resumed. {', '.join(later)} beside it: of an earlier "
+                    "run, passed over. To resume from there, pass its path as `resume_from_checkpoint`."
+                )
+            return str(folders[step])
+        found = "".join(f" {_refusal(folders[step], faults[step])}" for step in order)
+        raise ValueError(f"No complete checkpoint found in `output_dir` {self.args.output_dir}.{found}")
+
+    # --------------------------------------------------------------------------------------------------------- saving
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        # A folder that is written over is not complete until its last file is new
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # Called on every process, after the weights and before `trainer_state.json`. TRL forgets its buffer: a run
-        # that is resumed in the middle of one would decode again, with other weights.
+        # Called on every process, after the weights and before `trainer_state.json`
         super()._save_rng_state(output_dir)
-        state = {
-            "step": self._step,
-            "policy_step": self._policy_step,
-            "buffered_inputs": self._buffered_inputs,
-            "layout": self._rollout_layout(),
-        }
-        file = self._rollout_state_file(output_dir)
-        torch.save(state, f"{file}.tmp")
-        os.replace(f"{file}.tmp", file)
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            state = {
+                "written": time.time(),
+                "num_processes": self.accelerator.num_processes,
+                "total_train_tokens": self._total_train_tokens,
+                "files": list_files(output_dir),
+            }
+            (Path(output_dir) / RUN_STATE_NAME).write_text(json.dumps(state, indent=2))
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        file = self._rollout_state_file(checkpoint)
-        if not file.exists():
-            logger.warning(
-                f"{checkpoint} holds no rollout buffer (`{file.name}`): the current batch is decoded again."
-            )
-            return
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
-        if state["layout"] != self._rollout_layout():
-            logger.warning(
-                f"The rollout buffer in {checkpoint} was made with {state['layout']}, this run has "
-                f"{self._rollout_layout()}: the current batch is decoded again."
-            )
-            return
-        self._step, self._policy_step = state["step"], state["policy_step"]
-        self._buffered_inputs = state["buffered_inputs"]
+    # -------------------------------------------------------------------------------------------------------- drawing
 
-    def _rollout_layout(self) -> dict[str, int]:
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "steps_per_generation": self.args.steps_per_generation,
-            "num_iterations": self.num_iterations,
-        }
+    def _seed_generators(self, *place: int) -> None:
+        """
+        Dropout, noise and shuffles of what follows are functions of `seed` and a place in the run: evaluations,
+        callbacks that decode and a resume leave them alone.
+        """
+        sequence = np.random.SeedSequence((self.args.seed, self.state.global_step, *place))
+        set_seed(int(sequence.generate_state(1)[0]))
+
+    def get_batch_samples(self, *args, **kwargs):
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], None  # a finished run, resumed: transformers would take one step more
+        self._micro_step = 0
+        self._seed_generators(0)
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        self._micro_step += 1
+        self._seed_generators(self._micro_step, self.args.process_index)
+        return super().training_step(*args, **kwargs)
+
+
+def _refusal(folder: str | Path, faults: list[str]) -> str:
+    return (
+        f"{folder} is not a whole checkpoint: {'; '.join(faults)}. Resume from another one, or start a new run from "
+        "its weights (`model=...`); `save_only_model=True` leaves out what resuming needs."
+    )

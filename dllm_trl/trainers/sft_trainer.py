@@ -28,6 +28,7 @@ from ..modeling.packing import PackedRounds, pack_causal
 from ..types import Round
 from .chat_template import mark_assistant
 from .checks import check_model, check_peft, check_precision, check_router_loss, find_mask_token
+from .exact_resume import ExactResumeMixin
 from .metrics import RatioMetricsMixin, new_notes
 from .model_card import DiffusionModelCardMixin
 from .objectives.sft import (
@@ -66,7 +67,9 @@ class DiffusionSFTOutput(ModelOutput):
     labels: torch.Tensor | None = None
 
 
-class DiffusionSFTTrainer(PublishedCheckpointMixin, DiffusionModelCardMixin, RatioMetricsMixin, SFTTrainer):
+class DiffusionSFTTrainer(
+    PublishedCheckpointMixin, ExactResumeMixin, DiffusionModelCardMixin, RatioMetricsMixin, SFTTrainer
+):
     r"""
     [`~trl.SFTTrainer`] for diffusion language models. Datasets are prepared as in TRL (text, messages, prompt and
     completion, `completion_only_loss`, `assistant_only_loss`, truncation, packing); an objective masks some of the

@@ -420,6 +420,11 @@ def test_generation_leaves_the_model_as_it_was(tmp_path):
         (GRPOTrainer, "_get_train_sampler", "dataset"),
         (Trainer, "_save_rng_state", "output_dir"),
         (Trainer, "_load_rng_state", "checkpoint"),
+        (Trainer, "_save_checkpoint", "model trial"),
+        (Trainer, "_save_optimizer_and_scheduler", "output_dir"),
+        (Trainer, "_load_optimizer_and_scheduler", "checkpoint"),
+        (Trainer, "_get_output_dir", "trial"),
+        (Trainer, "get_batch_samples", "epoch_iterator num_batches device"),
     ],
 )
 def test_what_we_override_is_what_we_know(owner, method, arguments):

@@ -1,6 +1,5 @@
 """TraceRL as a user runs it: what changes, what is logged, what is refused."""
 
-import logging
 import re
 
 import pandas as pd
@@ -62,12 +61,6 @@ def changed(trainer, before):
 
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-@pytest.fixture
-def warnings_of(caplog):
-    caplog.set_level(logging.WARNING)
-    return lambda: [record.getMessage() for record in caplog.records]
 
 
 # ---------------------------------------------------------------------------------------------------------- training
