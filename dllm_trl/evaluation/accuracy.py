@@ -147,8 +147,8 @@ def evaluate_accuracy(
     ```
     """
     problems = _check_problems(problems)
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, but is {batch_size}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, an integer, but is {batch_size!r}.")
     config, eos_ids = _with_eos(model, tokenizer, generation_config)
     if config.max_time is not None or model.generation_config.max_time is not None:
         raise ValueError(

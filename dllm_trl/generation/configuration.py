@@ -155,8 +155,8 @@ def denoising_steps_per_block(total_steps: int, max_new_tokens: int, block_lengt
         ValueError: the steps are no whole number per block, or a block has more steps than tokens.
     """
     for name, value in (("total_steps", total_steps), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"`{name}` must be at least 1, an integer, but is {value!r}.")
     block_length = min(block_length or max_new_tokens, max_new_tokens)
     blocks = -(-max_new_tokens // block_length)
     steps, rest = divmod(total_steps, blocks)

@@ -42,7 +42,7 @@ def check_model(model, model_init_kwargs: dict | None, trust_remote_code: bool =
             return model.config
         except ValueError as error:
             raise ValueError(f"`model`: {error}") from None
-    names = ("revision", "cache_dir", "token", "subfolder", "trust_remote_code")
+    names = ("revision", "cache_dir", "token", "subfolder", "trust_remote_code", "use_cache")
     options = {"trust_remote_code": trust_remote_code}
     options |= {k: v for k, v in (model_init_kwargs or {}).items() if k in names}
     config = AutoConfig.from_pretrained(model, **options)
@@ -163,6 +163,15 @@ def check_peft(model, peft_config) -> None:
                 f"`{name}` has a `{type(config).__name__}`, which adds virtual tokens: the block grid does not know "
                 "them. Use LoRA or another method that changes weights."
             )
+
+
+def fill_task_type(model, peft_config) -> None:
+    """Says in every adapter's config that it is one of a causal model: `AutoPeftModelForCausalLM` wants to read it."""
+    wrapped = not isinstance(model, str) and is_peft_model(model)
+    adapters = list(model.peft_config.values()) if wrapped else []
+    for config in [peft_config, *adapters]:
+        if config is not None and config.task_type is None:
+            config.task_type = "CAUSAL_LM"
 
 
 def check_columns(name: str, dataset, required: str = "prompt") -> None:

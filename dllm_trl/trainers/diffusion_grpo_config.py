@@ -1,8 +1,10 @@
+import math
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
 from ..generation.configuration import reject_renamed
+from .counts import check_counts, is_count
 
 
 @dataclass
@@ -157,14 +159,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         if self.use_cpu and self.bf16 is None:
             self.bf16 = False  # TRL's default is for accelerators
         super().__post_init__()
-        for name in ("block_length", "denoising_steps", "num_slots", "rounds_per_forward"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
-        for name in ("num_scored_pads", "overlong_slack"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"`{name}` must be at least 0 or `None`, but is {value}.")
+        check_counts(self, "block_length", "denoising_steps", "num_slots", "rounds_per_forward")
+        check_counts(self, "num_scored_pads", "overlong_slack", least=0)
         for name, choices in (("on_policy_check", ("warn", "error", "off")), ("kl_target", ("ref", "old"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, but is {getattr(self, name)!r}.")
@@ -174,12 +170,12 @@ class DiffusionGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`accuracy_range` must be two numbers 0 <= low <= high <= 1, but is {self.accuracy_range}."
             )
-        if self.max_completion_length is None or self.max_completion_length < 1:
+        if self.max_completion_length is None or not is_count(self.max_completion_length):
             raise ValueError(
                 f"`max_completion_length` must be at least 1, but is {self.max_completion_length}: it is the number "
                 "of response tokens that are decoded."
             )
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"`temperature` must be above 0, but is {self.temperature}: at 0 all generations of a prompt are "
                 "equal and there is nothing to learn. The default is 1.0."

@@ -31,6 +31,7 @@ from .checks import (
     check_reward_columns,
     check_router_loss,
     check_sharding,
+    fill_task_type,
     find_mask_token,
     guard_reward,
 )
@@ -132,7 +133,10 @@ class DiffusionGRPOTrainer(
         check_options(type(self).__name__, args, reward_funcs, not_supported)
         check_precision(args)
         check_peft(model, peft_config)
-        check_router_loss(check_model(model, args.model_init_kwargs, args.trust_remote_code), args)
+        fill_task_type(model, peft_config)
+        config = check_model(model, args.model_init_kwargs, args.trust_remote_code)
+        use_cache = config.use_cache
+        check_router_loss(config, args)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_columns(name, dataset)
             check_reward_columns(reward_funcs, name, dataset)
@@ -166,6 +170,7 @@ class DiffusionGRPOTrainer(
             self.scale_rewards = "none"  # TRL centres the rewards, `_set_advantages` does the rest
 
         config = self.model.config
+        config.use_cache = use_cache  # `Trainer` switches it off, and the checkpoints would say so
         check_attention(config, args, self.objective)
         check_enough_prompts(self.train_dataset, args)
         # Full attention: the rollout's blocks, which training does not know. By default the whole response is one
@@ -535,6 +540,7 @@ class DiffusionGRPOTrainer(
                 score_index=packed.score_index,
                 shift_labels=packed.labels.unsqueeze(0),
                 fused_lm_head=True,
+                use_cache=False,
                 **options,
             )
         logps = packed.scatter(outputs.log_probs.squeeze(0))  # (rounds, B, R)

@@ -4,6 +4,7 @@ from typing import Any
 from trl import SFTConfig
 
 from ..generation.configuration import reject_renamed
+from .counts import check_counts
 from .objectives.random_mask import WEIGHTINGS
 
 
@@ -130,10 +131,7 @@ class DiffusionSFTConfig(SFTConfig):
         if self.use_cpu and self.bf16 is None:
             self.bf16 = False  # TRL's default is for accelerators
         super().__post_init__()
-        for name in ("block_length", "eos_fill_length", "shrink", "rounds_per_forward"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+        check_counts(self, "block_length", "eos_fill_length", "shrink", "rounds_per_forward", "max_length")
         if not 0 < self.noise_eps < 1:
             raise ValueError(f"`noise_eps` must lie between 0 and 1, but is {self.noise_eps}.")
         if not self.noise_eps <= self.noise_max <= 1:

@@ -27,7 +27,14 @@ from .._compat import use_small_logprob_tiles
 from ..modeling.packing import PackedRounds, pack_causal
 from ..types import Round
 from .chat_template import mark_assistant
-from .checks import check_model, check_peft, check_precision, check_router_loss, find_mask_token
+from .checks import (
+    check_model,
+    check_peft,
+    check_precision,
+    check_router_loss,
+    fill_task_type,
+    find_mask_token,
+)
 from .exact_resume import ExactResumeMixin
 from .metrics import RatioMetricsMixin, new_notes
 from .model_card import DiffusionModelCardMixin
@@ -145,7 +152,9 @@ class DiffusionSFTTrainer(
             )
         check_precision(args)
         check_peft(model, peft_config)
+        fill_task_type(model, peft_config)
         config = check_model(model, args.model_init_kwargs, args.trust_remote_code)
+        use_cache = config.use_cache
         check_router_loss(config, args)
         if not formatting_func and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             check_columns("train_dataset", train_dataset, args.dataset_text_field)
@@ -213,6 +222,7 @@ class DiffusionSFTTrainer(
             self.data_collator = SampleLengthsCollator(self.data_collator)
         self._notes = new_notes()
         config = self.model.config
+        config.use_cache = use_cache  # `Trainer` switches it off, and the checkpoints would say so
         full = config.diffusion_attention == "full"
         self.block_length = args.block_length or config.block_size
         self._grid = None if full else self.block_length

@@ -1,5 +1,6 @@
 from dataclasses import dataclass, field
 
+from .counts import check_counts
 from .diffusion_grpo_config import DiffusionGRPOConfig
 
 
@@ -27,5 +28,4 @@ class TraceRLConfig(DiffusionGRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.shrink < 1:
-            raise ValueError(f"`shrink` must be at least 1, but is {self.shrink}.")
+        check_counts(self, "shrink")

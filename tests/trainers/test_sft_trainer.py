@@ -492,7 +492,7 @@ def test_no_mask_token_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_length": 0}, "`block_length` must be at least 1"),
+        ({"block_length": 0}, "`block_length` must be an integer of at least 1"),
         ({"block_size": 4}, "use `block_length`"),
         ({"loss_norm": "mean"}, "`loss_norm` must be one of"),
         ({"noise_per": "token"}, "`noise_per` must be one of"),
