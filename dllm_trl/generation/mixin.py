@@ -234,13 +234,13 @@ class DiffusionGenerationMixin(GenerationMixin):
     def _decoding_plan(
         self,
         config: DiffusionGenerationConfig,
-        shape: tuple[int, int],
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         tokenizer=None,
         prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        shape: tuple[int, int] = (1, 0),
     ) -> DecodingPlan:
-        """The parameters of one run over rows and prompts of `shape`."""
+        """The parameters of one run; `shape` is that of the batch: rows and width of the prompts."""
         device = self.get_input_embeddings().weight.device
         if config.mask_token_id is None:
             raise ValueError(
@@ -375,7 +375,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
         shape = len(inputs) * config.num_return_sequences, inputs.size(1)
         plan = self._decoding_plan(
-            config, shape, logits_processor, stopping_criteria, tokenizer, prefix_allowed_tokens_fn
+            config, logits_processor, stopping_criteria, tokenizer, prefix_allowed_tokens_fn, shape
         )
         prompts = [row[mask.bool()].numpy() for row, mask in zip(inputs.cpu(), attention_mask.cpu(), strict=True)]
         self._check_prompts(prompts, [limit] * len(prompts))
@@ -483,7 +483,7 @@ def generate_rollouts(
     arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
     model._check_prompts(arrays, limits)
     shape = len(arrays) * num_generations, max(map(len, arrays))
-    plan = model._decoding_plan(config, shape, tokenizer=tokenizer)
+    plan = model._decoding_plan(config, tokenizer=tokenizer, shape=shape)
     return decode(
         model, arrays, limits, plan, num_generations, num_slots, index_offset, fused, show_progress=show_progress
     )

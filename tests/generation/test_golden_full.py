@@ -136,14 +136,14 @@ def without_confidence(ids):
 
 def last_token_is(eot):
     """MMaDA's `mmu_generate_fast` ends a row only where the last token of a block is the end of the turn."""
-    return lambda ids: int(ids[0, -1]) == eot
+    return lambda ids, scores: ids[:, -1] == eot
 
 
 # ------------------------------------------------------------------------------------------------- names to ours
 
 
 def parameters(family, case):
-    """Ours for a case of the public code: the config, and a stopping criterion or none."""
+    """Ours for a case of the public code: the config, and stopping criteria."""
     kwargs, upstream = case["kwargs"], case["upstream"]
     length = next(kwargs[k] for k in ("gen_length", "max_new_tokens", "max_gen_length") if k in kwargs)
     block = kwargs.get("block_length", kwargs.get("block_size")) or length
@@ -172,7 +172,7 @@ def parameters(family, case):
     else:
         values["remasking_strategy"] = OURS.get(target, target)
         values["denoising_steps"] = denoising_steps_per_block(kwargs["steps"], length, block)
-    stopping = None
+    stopping = []
     # quirks, from here on
     if target == "origin":
         values["remasking_strategy"] = origin_with(case["torch_rand_draws"], kwargs["steps"], kwargs["eps"])
@@ -188,7 +188,7 @@ def parameters(family, case):
     if kwargs.get("logits_eos_inf"):
         values |= {"suppress_eos": True, "eos_token_id": case["eos_token_id"]}
     if "eot_token" in kwargs:
-        stopping = last_token_is(kwargs["eot_token"])
+        stopping = [last_token_is(kwargs["eot_token"])]
     return DiffusionGenerationConfig(**{k: v for k, v in values.items() if v is not None}), stopping
 
 
@@ -213,8 +213,7 @@ def forwards_of(case, row, block):
 def decode_case(model, family, case, rows, fused, monkeypatch):
     """A rollout of some of the prompts, and how many tokens each of its forwards computed of a row."""
     config, stopping = parameters(family, case)
-    plan = model._decoding_plan(model._resolve_generation_config(config)[0])
-    plan.stopping = stopping
+    plan = model._decoding_plan(model._resolve_generation_config(config)[0], stopping_criteria=stopping)
     masks = case.get("attention_mask") or [[1] * len(row) for row in case["prompt_ids"]]
     prompts = [torch.tensor(case["prompt_ids"][i])[torch.tensor(masks[i]).bool()].numpy() for i in rows]
     widths = []
