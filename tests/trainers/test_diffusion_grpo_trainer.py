@@ -491,7 +491,8 @@ def test_a_bar_shows_the_rollout(tmp_path, capsys, monkeypatch):
     bar = shown[-1]
     committed = (rollout["step_map"] >= 0).sum().item()
     assert (bar.total, bar.n, bar.tokens) == (8, 8, committed)
-    assert bar.postfix.endswith(f"{trainer._metrics['train']['decode/tokens_per_forward'][-1]:.2f} tokens/forward")
+    values, _ = trainer._notes["train"]["decode/tokens_per_forward"]
+    assert bar.postfix.endswith(f"{values[-1]:.2f} tokens/forward")
     assert "Rollout" in capsys.readouterr().err
 
     roll_out(make_trainer(tmp_path, disable_tqdm=True))

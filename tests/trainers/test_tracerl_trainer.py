@@ -304,6 +304,10 @@ def needs_a_solution(completions, solution, **kwargs):
     return [1.0] * len(completions)
 
 
+def asks_for_more(completions, **kwargs):
+    return needs_a_solution(completions, **kwargs)
+
+
 def divides_by_zero(completions, **kwargs):
     return [1 / 0]
 
@@ -323,7 +327,7 @@ def returns_nothing(completions, **kwargs):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (needs_a_solution, "'needs_a_solution' raised TypeError.*'solution'.*columns"),
+        (asks_for_more, "'asks_for_more' raised TypeError.*'solution'.*columns"),
         (divides_by_zero, "'divides_by_zero' raised ZeroDivisionError"),
         (fails_later, "'fails_later' raised KeyError: 'judge'"),
         (infinite, "'infinite' in `reward_funcs` returned an infinite reward"),
