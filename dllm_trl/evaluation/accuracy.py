@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..generation import DiffusionGenerationConfig, generate_rollouts
+from ..generation.checks import check_integer
+from ..generation.mixin import rollout_inputs
 from ..rewards import math_reward
 
 
@@ -59,10 +61,14 @@ def _tokenize(tokenizer, prompt: str | list[dict], chat_template_kwargs: dict[st
 
 
 def _check_problems(problems: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(problems, str | Mapping) or not isinstance(problems, Iterable):
+        raise ValueError(f"`problems` must be a list of dicts or a `Dataset`, but is a {type(problems).__name__}.")
     problems = list(problems)
     if not problems:
         raise ValueError("`problems` is empty.")
     for i, problem in enumerate(problems):
+        if not isinstance(problem, Mapping):
+            raise ValueError(f'`problems[{i}]` must be a dict with a "prompt", but is {problem!r}.')
         if not isinstance(problem.get("prompt"), (str, list)) or not problem["prompt"]:
             raise ValueError(
                 f'`problems[{i}]` needs a "prompt", text or a list of messages, but has {sorted(problem)}: '
@@ -147,8 +153,10 @@ def evaluate_accuracy(
     ```
     """
     problems = _check_problems(problems)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, an integer, but is {batch_size!r}.")
+    check_integer("batch_size", batch_size, 1)
+    for name, value in (("tokenizer", tokenizer), ("reward_func", reward_func)):
+        if not callable(value):
+            raise ValueError(f"`{name}` must be a {name.replace('_func', ' function')}, but is {value!r}.")
     config, eos_ids = _with_eos(model, tokenizer, generation_config)
     if config.max_time is not None or model.generation_config.max_time is not None:
         raise ValueError(
@@ -158,6 +166,7 @@ def evaluate_accuracy(
     if seed is None:
         seed = getattr(config, "seed", None) or 0
     prompts = [_tokenize(tokenizer, problem["prompt"], chat_template_kwargs or {}) for problem in problems]
+    rollout_inputs(model, prompts, config, num_slots=num_slots, seed=seed)  # all of them, before the first is decoded
     records, committed, forwards = [], 0, 0
     was_training = model.training
     model.eval()

@@ -15,29 +15,51 @@ from .samplers import SAMPLERS
 
 logger = logging.get_logger(__name__)
 
-# Names other code bases use, and ours. Passing one raises an error that says the new name.
+# Names that other code bases use for what we have too
 RENAMED = {
     "block_size": "block_length",
     "canvas_length": "block_length",
+    "gen_len": "max_new_tokens",
     "gen_length": "max_new_tokens",
+    "max_gen_len": "max_new_tokens",
     "max_gen_length": "max_new_tokens",
+    "max_gen_toks": "max_new_tokens",
     "max_token": "max_new_tokens",
     "max_tokens": "max_new_tokens",
-    "steps": "denoising_steps (per block; LLaDA's `steps` is the total)",
+    "min_gen_len": "min_new_tokens",
     "steps_per_block": "denoising_steps",
+    "denoising_steps_per_block": "denoising_steps",
     "max_denoising_steps": "denoising_steps",
     "diffusion_steps": "denoising_steps",
+    "num_diffusion_steps": "denoising_steps",
+    "num_inference_steps": "denoising_steps",
+    "timesteps": "denoising_steps",
     "remasking": "remasking_strategy",
     "alg": "remasking_strategy",
     "threshold": "confidence_threshold",
+    "conf_threshold": "confidence_threshold",
     "dynamic_threshold": "confidence_threshold",
+    "unmask_threshold": "confidence_threshold",
+    "eb_threshold": "entropy_bound",
     "mask_id": "mask_token_id",
+    "mask_token": "mask_token_id",
     "cfg": "cfg_scale",
     "guidance_scale": "cfg_scale",
     "further_horizon": "refresh_interval",
-    "dual_cache": 'cache="dual"',
     "logits_eos_inf": "suppress_eos",
+    "ignore_eos": "suppress_eos",
     "stopping_criteria_idx": "eos_token_id",
+    "eos_id": "eos_token_id",
+    "eot_token": "eos_token_id",
+    "stop_token": "eos_token_id",
+    "stop_token_id": "eos_token_id",
+    "stop_words": "stop_strings",
+    "topk": "top_k",
+    "topp": "top_p",
+    "generation_logits_hook_func": "logits_processor",
+    "prompt": "input_ids",
+    "idx": "input_ids",
+    "return_dict": "return_dict_in_generate",
 }
 _BEAMS = "it is of beam search, which is not defined for diffusion decoding"
 _ASSISTED = "it is of assisted decoding, and there is no assistant here: a step commits several tokens by itself"
@@ -109,6 +131,50 @@ WITHOUT_EFFECT = {
     "transformers_version": "says who wrote a file",
     "_from_model_config": "says where a config came from",
 }
+# Names that other code bases use for what is done differently here, and what to do instead
+DIFFERENT = {
+    "steps": "use `denoising_steps`, which are those of a block; LLaDA's `steps` is the total, which "
+    "`denoising_steps_per_block` converts",
+    "dual_cache": 'use `cache="dual"`',
+    "use_block_cache": 'leave it out; full-attention families take `cache="prefix"` or `cache="dual"`',
+    "block_past_key_values": "leave it out; decoding keeps its own cache",
+    "replace_position": 'leave it out; `cache="dual"` keeps the keys and values around the block',
+    "store_kv": "leave it out; decoding commits the keys and values of a block once it is full",
+    "small_block_size": "leave it out: a block is denoised as a whole. `block_length` is its width, and "
+    "`confidence_threshold` says how many tokens a step commits",
+    "eos_early_stop": "leave it out: a response always ends with the block in which `eos_token_id` is committed",
+    "early_stop": "leave it out: a response always ends with the block in which `eos_token_id` is committed",
+    "minimal_topk": "lower `denoising_steps`: a step commits at least `block_length / denoising_steps` tokens",
+    "num_transfer_tokens": "use `denoising_steps`: a step commits at least `block_length / denoising_steps` tokens",
+    "number_transfer_tokens": "use `denoising_steps`: a step commits at least `block_length / denoising_steps` tokens",
+    "num_to_transfer": "use `denoising_steps`: a step commits at least `block_length / denoising_steps` tokens",
+    "tokens_per_step": "use `denoising_steps`: a step commits at least `block_length / denoising_steps` tokens",
+    "factor": "Fast-dLLM's factor decoding is not among the strategies. Use "
+    '`remasking_strategy="low_confidence_dynamic"` with `confidence_threshold`',
+    "editing_threshold": "committed tokens are not edited. Leave it out",
+    "max_post_steps": "committed tokens are not edited. Leave it out",
+    "expand_budget": "masks are not expanded into several. Leave it out",
+    "confidence_eos_eot_inf": "EOS has the confidence that the model gives it. `suppress_eos=True` never samples it",
+    "generation_tokens_hook_func": "pass a `streamer` with `put_draft`, which gets the block after every step",
+    "output_history": "pass `return_dict_in_generate=True`: `step_map` has the step of every token, and "
+    "`save_trace_html` draws it",
+    "stochastic_transfer": 'use `remasking_strategy="random"`, or `alg_temp` for noise in the order of the tokens',
+    "right_shift_logits": "leave it out: the model's config knows it (`logit_shift`)",
+    "input_embeddings": "pass token ids as `input_ids`",
+    "noise_schedule": "images are not decoded. For text see `denoising_schedule`",
+    "noise_type": "images are not decoded. Leave it out",
+    "uni_prompting": "images are not decoded. Leave it out",
+    "eps": 'set it in the checkpoint\'s generation_config.json, where `denoising_schedule="dream"` reads it',
+}
+# Methods of published model classes
+METHODS = (
+    "diffusion_generate",
+    "block_diffusion_generate",
+    "mdm_sample",
+    "batch_sample",
+    "mmu_generate",
+    "t2i_generate",
+)
 OWN = (
     "block_length",
     "denoising_steps",
@@ -188,12 +254,14 @@ def check_refused(config: GenerationConfig) -> None:
 
 
 def reject_renamed(values: dict[str, Any]) -> None:
-    """Raises a `ValueError` that says our name for every argument that other code bases call differently."""
+    """Raises a `ValueError` that says what to use instead of an argument that other code bases have."""
     for name, value in values.items():
         if name == "guidance_scale" and (not value or value == 1):  # off
             continue
         if name in RENAMED:
             raise ValueError(f"`{name}` is not an argument here; use `{RENAMED[name]}`.")
+        if name in DIFFERENT:
+            raise ValueError(f"`{name}` is not an argument here: {DIFFERENT[name]}.")
 
 
 class DiffusionGenerationConfig(GenerationConfig):

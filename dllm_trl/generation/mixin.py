@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    BatchEncoding,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -17,9 +18,11 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStrin
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 
 from ..types import DiffusionRollout
+from .checks import check_integer, check_siblings, decodable, prompt_batch, prompt_lists, row_limits
 from .configuration import (
     ALGORITHMS,
     ARGUMENTS,
+    METHODS,
     DiffusionGenerationConfig,
     check_refused,
     reject_renamed,
@@ -53,6 +56,8 @@ class DiffusionGenerateOutput(ModelOutput):
             Denoising forwards whose result the row used.
         tokens_per_forward (`float`):
             Committed tokens / denoising forwards, over the batch.
+        rollout ([`DiffusionRollout`]):
+            The same with the prompts and the blocks: what [`~generation.trace.save_trace_html`] draws.
     """
 
     sequences: torch.LongTensor | None = None
@@ -62,6 +67,7 @@ class DiffusionGenerateOutput(ModelOutput):
     logprobs: torch.FloatTensor | None = None
     num_forward_passes: torch.LongTensor | None = None
     tokens_per_forward: float | None = None
+    rollout: DiffusionRollout | None = None
 
 
 def _quotas(config: DiffusionGenerationConfig) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
@@ -104,6 +110,17 @@ class DiffusionGenerationMixin(GenerationMixin):
     """Puts block diffusion decoding behind `generate`. Mixed into the `*ForCausalLM` class of every family."""
 
     generation_config_class = DiffusionGenerationConfig
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in METHODS:
+                raise
+            raise AttributeError(
+                f"`{name}` is a method of the published code; use `model.generate`, whose arguments "
+                "`DiffusionGenerationConfig` lists."
+            ) from error
 
     def adjust_generation_fn(
         self,
@@ -160,6 +177,11 @@ class DiffusionGenerationMixin(GenerationMixin):
         Returns the config with every field set and the kwargs that are none of its fields.
         """
         reject_renamed(kwargs)
+        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+            raise ValueError(
+                f"`generation_config` must be a `DiffusionGenerationConfig` or a `GenerationConfig`, but is "
+                f"{generation_config!r}: build one, `DiffusionGenerationConfig(temperature=0.7)`."
+            )
         config = DiffusionGenerationConfig()
         unknown = {key: value for key, value in kwargs.items() if not hasattr(config, key)}
         given = {key: value for key, value in kwargs.items() if key not in unknown}
@@ -295,7 +317,7 @@ class DiffusionGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.LongTensor | BatchEncoding | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
@@ -310,8 +332,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         row in every step, or takes an approximate `cache`. See [`Decoder`] for the loop.
 
         Args:
-            inputs or input_ids (`torch.LongTensor` of shape `(B, P)`):
-                Prompts, left-padded where `attention_mask` is 0.
+            inputs or input_ids (`torch.LongTensor` of shape `(B, P)`, or [`~transformers.BatchEncoding`]):
+                Prompts, left-padded where `attention_mask` is 0; or what a tokenizer returned, with its mask.
             generation_config ([`~transformers.GenerationConfig`], *optional*):
                 Parameters; keyword arguments win over it, it wins over the checkpoint's `generation_config.json`.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
@@ -343,10 +365,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         for name in ARGUMENTS:
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"`{name}` is not supported by diffusion decoding; leave it out.")
-        if inputs is None:
-            raise ValueError("`input_ids` is required: a LongTensor of shape (batch, prompt length).")
-        if inputs.dim() != 2:
-            raise ValueError(f"`input_ids` must have shape (batch, prompt length), but has {tuple(inputs.shape)}.")
+        inputs, attention_mask = prompt_batch(inputs, attention_mask)
         kwargs.pop("synced_gpus", None)  # accepted for transformers' callers
         tokenizer = kwargs.pop("tokenizer", None)
         config, unused = self._resolve_generation_config(generation_config, **kwargs)
@@ -369,10 +388,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
         if streamer is not None and inputs.size(0) * config.num_return_sequences > 1:
             raise ValueError("`streamer` works with one prompt and one response at a time.")
-        if config.num_return_sequences > 1 and not config.do_sample:
-            raise ValueError(
-                "`num_return_sequences` > 1 needs sampling: pass `do_sample=True` or a `temperature` above 0."
-            )
+        check_siblings("num_return_sequences", config.num_return_sequences, config)
         shape = len(inputs) * config.num_return_sequences, inputs.size(1)
         plan = self._decoding_plan(
             config, logits_processor, stopping_criteria, tokenizer, prefix_allowed_tokens_fn, shape
@@ -397,6 +413,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             logprobs=rollout.logprobs,
             num_forward_passes=rollout.num_forward_passes,
             tokens_per_forward=rollout.tokens_per_forward,
+            rollout=rollout,
         )
 
     def _check_prompts(self, prompts: list[np.ndarray], limits: list[int]) -> None:
@@ -409,6 +426,48 @@ class DiffusionGenerationMixin(GenerationMixin):
                     f"Prompt {i} has {len(prompt)} tokens and `max_new_tokens` is {limit}: more than the model's "
                     f"context of {context}. Shorten the prompt or lower `max_new_tokens`."
                 )
+
+
+def rollout_inputs(
+    model,
+    prompts: list[list[int]],
+    generation_config: GenerationConfig | None = None,
+    num_generations: int = 1,
+    max_new_tokens: int | list[int] | None = None,
+    num_slots: int | None = None,
+    seed: int | None = None,
+    index_offset: int = 0,
+    fused: bool | None = None,
+) -> tuple[Any, list[np.ndarray], list[int], DiffusionGenerationConfig]:
+    """
+    The arguments of [`generate_rollouts`], checked: the model that decodes, the ids and the limit of each prompt, and
+    the config with every field set.
+    """
+    model = decodable(model)
+    prompts = prompt_lists(prompts)
+    check_integer("num_generations", num_generations, 1)
+    check_integer("num_slots", num_slots, 1, optional=True)
+    check_integer("index_offset", index_offset, 0)
+    if fused is not None and not isinstance(fused, bool):
+        raise ValueError(f"`fused` must be `True`, `False` or `None`, but is {fused!r}.")
+    limits = None if max_new_tokens is None else row_limits(max_new_tokens, len(prompts))
+    given = {} if seed is None else {"seed": seed}
+    if limits is not None:
+        given["max_new_tokens"] = max(limits)
+    config, _ = model._resolve_generation_config(generation_config, **given)
+    if config.num_return_sequences not in (1, num_generations):
+        raise ValueError(
+            f"`num_return_sequences={config.num_return_sequences}` is `generate`'s; here it is `num_generations`, "
+            f"which is {num_generations}. Leave `num_return_sequences` out."
+        )
+    check_siblings("num_generations", num_generations, config)
+    if limits is None:
+        if config.max_new_tokens is None:
+            raise ValueError("`max_length` is ambiguous for ragged prompts; pass `max_new_tokens`.")
+        limits = [config.max_new_tokens] * len(prompts)
+    arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+    model._check_prompts(arrays, limits)
+    return model, arrays, limits, config
 
 
 def generate_rollouts(
@@ -456,32 +515,9 @@ def generate_rollouts(
     Returns:
         [`DiffusionRollout`]: on CPU, rows in the order of the prompts.
     """
-    if not prompts:
-        raise ValueError("`prompts` is empty.")
-    for name, value in (("num_generations", num_generations), ("num_slots", num_slots)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {value}.")
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    given = {} if seed is None else {"seed": seed}
-    if isinstance(max_new_tokens, int):
-        given["max_new_tokens"] = max_new_tokens
-    elif max_new_tokens is not None:
-        given["max_new_tokens"] = max(max_new_tokens, default=0)
-    config, _ = model._resolve_generation_config(generation_config, **given)
-    if config.num_return_sequences not in (1, num_generations):
-        raise ValueError(
-            f"`num_return_sequences={config.num_return_sequences}` is `generate`'s; here it is `num_generations`, "
-            f"which is {num_generations}. Leave `num_return_sequences` out."
-        )
-    if max_new_tokens is None:
-        max_new_tokens = config.max_new_tokens
-        if max_new_tokens is None:
-            raise ValueError("`max_length` is ambiguous for ragged prompts; pass `max_new_tokens`.")
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    if len(limits) != len(prompts) or min(limits) < 1:
-        raise ValueError("`max_new_tokens` must be at least 1: one number, or a list with one per prompt.")
-    arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
-    model._check_prompts(arrays, limits)
+    model, arrays, limits, config = rollout_inputs(
+        model, prompts, generation_config, num_generations, max_new_tokens, num_slots, seed, index_offset, fused
+    )
     shape = len(arrays) * num_generations, max(map(len, arrays))
     plan = model._decoding_plan(config, tokenizer=tokenizer, shape=shape)
     return decode(

@@ -71,8 +71,8 @@ def trace_dict(
     Returns a rollout as a dictionary of plain Python values that `json.dumps` accepts.
 
     Args:
-        rollout ([`DiffusionRollout`]):
-            `B` decoded responses.
+        rollout ([`DiffusionRollout`] or [`DiffusionGenerateOutput`]):
+            `B` decoded responses: of `generate_rollouts`, or of `generate` with `return_dict_in_generate=True`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Turns ids into text.
         prompts (`list[str]` of length `B`, *optional*):
@@ -95,6 +95,12 @@ def trace_dict(
           of the response
         - `spans` (`list`): `[start, end, text]` for positions that only together are whole characters
     """
+    rollout = getattr(rollout, "rollout", rollout)
+    if not isinstance(rollout, DiffusionRollout):
+        raise ValueError(
+            "`rollout` must come from `generate_rollouts`, or from `generate` with `return_dict_in_generate=True`, "
+            f"but is a {type(rollout).__name__}: token ids alone do not say when each was committed."
+        )
     rows = len(rollout)
     prompts = _per_row("prompts", prompts, rows)
     answers = _per_row("answers", answers, rows)

@@ -158,6 +158,19 @@ class _ImplementationMixin:
         return stock._can_set_experts_implementation()
 
 
+# Of the published forwards. Swallowed, they would change nothing
+_PUBLISHED_ARGUMENTS = {
+    "store_kv": "`past_key_values` are always extended. Pass a copy (`copy.deepcopy`) to leave them as they are",
+    "update_past_key_values": "`past_key_values` are always extended. Pass a copy (`copy.deepcopy`) to leave them as "
+    "they are",
+    "replace_position": 'decode with `model.generate(..., cache="dual")`, which replaces keys and values in its cache',
+    "use_block_cache": "decode with `model.generate`, which keeps its own cache",
+    "block_past_key_values": "decode with `model.generate`, which keeps its own cache",
+    "block_size": "use `block_length`",
+    "attention_bias": "pass a boolean `attention_mask` of shape (batch, 1, queries, keys)",
+}
+
+
 class DiffusionBackboneMixin(_ImplementationMixin):
     """Puts a family's attention in front of a stock transformers decoder. Mixed in before the decoder's class."""
 
@@ -210,6 +223,15 @@ class DiffusionBackboneMixin(_ImplementationMixin):
                 Positions among the `B * S` tokens whose hidden states are wanted. `last_hidden_state` becomes `(1, n,
                 H)`, so that a head projects only those.
         """
+        for name in _PUBLISHED_ARGUMENTS.keys() & kwargs.keys():
+            raise ValueError(
+                f"`{name}` is an argument of the published code, not of this forward: {_PUBLISHED_ARGUMENTS[name]}."
+            )
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim not in (2, 4):
+            raise ValueError(
+                "`attention_mask` must have shape (batch, tokens), 1 for tokens and 0 for padding, or (batch, 1, "
+                f"queries, keys), `True` where a query may attend, but has {tuple(attention_mask.shape)}."
+            )
         if isinstance(plan, ChunkedPlan):
             return self._forward_chunks(plan, input_ids, position_ids, score_index, use_cache=False, **kwargs)
         if inputs_embeds is None:

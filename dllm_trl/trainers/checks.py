@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
@@ -325,3 +326,13 @@ def find_mask_token(config, tokenizer) -> int:
             "`model.config.mask_token_id` to the id the model was trained with."
         )
     return mask_token_id
+
+
+def check_eos(processing_class: Any, eos_token: str | None = None) -> None:
+    """Raises for a tokenizer without EOS, from which no response could learn to end. `eos_token` is the config's."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
+    if tokenizer is not None and eos_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "`processing_class` has no EOS token, so that no response can end. Set `processing_class.eos_token` to "
+            "the token that ends a response in this model's format."
+        )

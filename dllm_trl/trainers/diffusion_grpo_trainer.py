@@ -23,6 +23,7 @@ from .checks import (
     check_attention,
     check_columns,
     check_enough_prompts,
+    check_eos,
     check_model,
     check_options,
     check_peft,
@@ -133,6 +134,7 @@ class DiffusionGRPOTrainer(
         check_options(type(self).__name__, args, reward_funcs, not_supported)
         check_precision(args)
         check_peft(model, peft_config)
+        check_eos(processing_class)
         fill_task_type(model, peft_config)
         config = check_model(model, args.model_init_kwargs, args.trust_remote_code)
         use_cache = config.use_cache

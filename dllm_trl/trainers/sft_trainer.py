@@ -28,6 +28,7 @@ from ..modeling.packing import PackedRounds, pack_causal
 from ..types import Round
 from .chat_template import mark_assistant
 from .checks import (
+    check_eos,
     check_model,
     check_peft,
     check_precision,
@@ -152,6 +153,7 @@ class DiffusionSFTTrainer(
             )
         check_precision(args)
         check_peft(model, peft_config)
+        check_eos(processing_class, args.eos_token)
         fill_task_type(model, peft_config)
         config = check_model(model, args.model_init_kwargs, args.trust_remote_code)
         use_cache = config.use_cache

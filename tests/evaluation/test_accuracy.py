@@ -1,3 +1,5 @@
+import copy
+import functools
 import json
 import math
 
@@ -201,9 +203,9 @@ def test_bad_problems(model, tokenizer, sampling, problems, message):
 
 
 def test_bad_arguments(model, tokenizer, sampling):
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+    with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1"):
         evaluate_accuracy(model, tokenizer, PROBLEMS, generation_config=sampling, batch_size=0)
-    with pytest.raises(ValueError, match="`num_slots` must be at least 1"):
+    with pytest.raises(ValueError, match="`num_slots` must be an integer of at least 1"):
         evaluate_accuracy(model, tokenizer, PROBLEMS, generation_config=sampling, num_slots=0, show_progress=False)
     with pytest.raises(ValueError, match="`reward_func` gave 1 rewards for 12 completions"):
         evaluate_accuracy(model, tokenizer, PROBLEMS, lambda **kwargs: [1.0], sampling, show_progress=False)
@@ -212,3 +214,41 @@ def test_bad_arguments(model, tokenizer, sampling):
 def test_progress_bar(model, tokenizer, sampling, capsys):
     evaluate_accuracy(model, tokenizer, PROBLEMS, even_length, sampling, batch_size=5)
     assert "12/12" in capsys.readouterr().err
+
+
+def test_everything_is_checked_before_the_first_batch(model, tokenizer, sampling):
+    problems = [{"prompt": f"{i}+1=", "answer": "1"} for i in range(6)] + [{"prompt": "1" * 500, "answer": "1"}]
+    judged = []
+    reward = functools.partial(lambda completions, **kwargs: judged.extend(completions))
+    with pytest.raises(ValueError, match="Prompt 6 has 500 tokens.*Shorten the prompt or lower `max_new_tokens`"):
+        evaluate_accuracy(model, tokenizer, problems, reward, sampling, batch_size=2, show_progress=False)
+    assert not judged
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"problems": "text"}, "`problems` must be a list of dicts or a `Dataset`, but is a str"),
+        ({"problems": {"prompt": ["1"]}}, "`problems` must be a list of dicts or a `Dataset`, but is a dict"),
+        ({"problems": None}, "`problems` must be a list of dicts"),
+        ({"problems": ["1+1="]}, r"`problems\[0\]` must be a dict with a \"prompt\", but is '1\+1='"),
+        ({"batch_size": 1.5}, "`batch_size` must be an integer of at least 1, but is 1.5"),
+        ({"num_slots": "4"}, "`num_slots` must be an integer of at least 1"),
+        ({"seed": 1.5}, "`seed` must be an integer of at least 0, but is 1.5"),
+        ({"reward_func": "math_reward"}, "`reward_func` must be a reward function, but is 'math_reward'"),
+        ({"tokenizer": None}, "`tokenizer` must be a tokenizer, but is None"),
+    ],
+)
+def test_arguments_of_an_evaluation(model, tokenizer, sampling, bad, message):
+    kwargs = {"problems": [{"prompt": "1+1=", "answer": "2"}], "generation_config": sampling, "show_progress": False}
+    with pytest.raises(ValueError, match=message):
+        evaluate_accuracy(**{"model": model, "tokenizer": tokenizer, **kwargs, **bad})
+
+
+def test_a_tokenizer_without_eos(model, tokenizer, sampling):
+    bare, without = copy.deepcopy(tokenizer), copy.deepcopy(model)
+    bare.eos_token = without.generation_config.eos_token_id = without.config.eos_token_id = None
+    config = copy.deepcopy(sampling)
+    config.eos_token_id = None
+    report = evaluate_accuracy(without, bare, [{"prompt": "1+1=", "answer": "2"}], generation_config=config)
+    assert report.eos_share == 0.0 and report.mean_completion_length == config.max_new_tokens

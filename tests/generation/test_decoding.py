@@ -210,7 +210,7 @@ def test_one_prefill_per_group(model, monkeypatch):
     a, b = ragged_prompts((10, 13))
     for fused in forwards(model):
         tokens.clear()
-        generate_rollouts(model, [a, b], config(), num_generations=4, num_slots=3, fused=fused)
+        generate_rollouts(model, [a, b], config(do_sample=True), num_generations=4, num_slots=3, fused=fused)
         assert sorted(tokens) == [8, 12]  # whole blocks only, once per prompt although the groups straddle the slots
         tokens.clear()
         generate_rollouts(model, [a, a, b, b], config(), num_slots=1, fused=fused)  # equal prompts share by content
@@ -265,7 +265,7 @@ def test_the_mask_token_is_never_sampled(model):
     try:
         assert (model(ids).logits.argmax(-1) == MASK).any()
         for do_sample in (False, True):
-            rollout = generate_rollouts(model, ragged_prompts(), config(max_new_tokens=20, do_sample=do_sample), 2)
+            rollout = generate_rollouts(model, ragged_prompts(), config(max_new_tokens=20, do_sample=do_sample))
             assert (rollout.canvas_ids != MASK).all()
         suppressed = list(range(10, MASK))
         rollout = generate_rollouts(model, ragged_prompts(), config(suppress_tokens=suppressed, do_sample=True))
@@ -319,7 +319,7 @@ def test_dream_schedule(model):
 
 def test_rollout_layout(model):
     prompts = ragged_prompts((5, 9))
-    rollout = generate_rollouts(model, prompts, config(), num_generations=2, max_new_tokens=[3, 6])
+    rollout = generate_rollouts(model, prompts, config(do_sample=True), num_generations=2, max_new_tokens=[3, 6])
     assert rollout.prompt_ids.shape == (4, 9) and rollout.canvas_ids.shape == (4, 6)
     for i, row in enumerate(rollout.prompt_ids):
         assert row[rollout.prompt_mask[i].bool()].tolist() == prompts[i // 2]
@@ -335,8 +335,8 @@ def test_generate_rollouts_rejects_bad_input(model):
         ({"prompts": []}, "`prompts` is empty"),
         ({"prompts": [[]]}, "Prompt 0 is empty"),
         ({"prompts": [[1] * 250], "max_new_tokens": 10}, "context of 256"),
-        ({"prompts": [[1]], "num_generations": 0}, "`num_generations` must be at least 1"),
-        ({"prompts": [[1]], "num_slots": 0}, "`num_slots` must be at least 1"),
+        ({"prompts": [[1]], "num_generations": 0}, "`num_generations` must be an integer of at least 1"),
+        ({"prompts": [[1]], "num_slots": 0}, "`num_slots` must be an integer of at least 1"),
         ({"prompts": [[1], [2]], "max_new_tokens": [3]}, "`max_new_tokens` must be"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "`max_new_tokens` must be"),
     ]:

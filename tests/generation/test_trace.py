@@ -219,3 +219,17 @@ def test_full_attention_counts_blocks_from_the_response():
 def test_an_unknown_anchor_is_refused(rollout):
     with pytest.raises(ValueError, match="`anchor` must be"):
         replace(rollout, anchor="middle")
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_the_output_of_generate_is_a_rollout(tmp_path, family):
+    tokenizer, model = make_tokenizer(), make_model(family).eval()
+    batch = tokenizer(["12+3=", "4"], return_tensors="pt", padding=True)
+    kwargs = {"max_new_tokens": 8, "do_sample": True, "seed": 3}
+    output = model.generate(**batch, **kwargs, return_dict_in_generate=True)
+    save_trace_html(tmp_path / "trace.html", output, tokenizer)
+    config = DiffusionGenerationConfig(**kwargs)
+    rollout = generate_rollouts(model, tokenizer(["12+3=", "4"])["input_ids"], config)
+    assert trace_dict(output, tokenizer) == trace_dict(rollout, tokenizer)
+    with pytest.raises(ValueError, match="`return_dict_in_generate=True`, but is a Tensor"):
+        save_trace_html(tmp_path / "trace.html", output.sequences, tokenizer)

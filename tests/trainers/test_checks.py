@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from dllm_trl import DiffusionSFTConfig, TraceRLConfig
+from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer, TraceRLConfig, TraceRLTrainer
 from dllm_trl.modeling import FAMILIES, NAMESAKES
 from dllm_trl.trainers.checks import check_model, check_options, check_peft, check_precision, check_router_loss
 
-from .tiny_rl import TINY, make_model
+from .tiny_rl import ON_CPU, TINY, letter_reward, make_model, make_prompts, make_tokenizer
 
 
 REMOTE_CODE = """
@@ -101,3 +101,15 @@ def test_options_of_rollouts_that_training_cannot_follow(tmp_path):
     for given in ({"generation_kwargs": {"max_time": 1.0}}, {"neftune_noise_alpha": 5.0}):
         with pytest.raises(ValueError, match="`max_time`|`neftune_noise_alpha=5.0`"):
             check_options("TraceRLTrainer", TraceRLConfig(str(tmp_path), **quiet, **given), None, {})
+
+
+@pytest.mark.parametrize("trainer", [DiffusionSFTTrainer, TraceRLTrainer])
+def test_a_tokenizer_without_eos_is_refused(tmp_path, trainer):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    if trainer is DiffusionSFTTrainer:
+        kwargs = {"args": DiffusionSFTConfig(output_dir=tmp_path, **ON_CPU)}
+    else:
+        kwargs = {"args": TraceRLConfig(output_dir=tmp_path, **ON_CPU), "reward_funcs": letter_reward}
+    with pytest.raises(ValueError, match="`processing_class` has no EOS token.*Set `processing_class.eos_token`"):
+        trainer(make_model(), train_dataset=make_prompts(), processing_class=tokenizer, **kwargs)

@@ -1,0 +1,129 @@
+"""What the entry points of decoding take, checked before anything is computed: each error says how to mend it."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+
+from .configuration import DiffusionGenerationConfig
+
+
+def check_integer(name: str, value: Any, least: int, optional: bool = False) -> None:
+    """Raises unless `value` is an integer of at least `least`, or `None` where that is `optional`."""
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        alternative = " or `None`" if optional else ""
+        raise ValueError(f"`{name}` must be an integer of at least {least}{alternative}, but is {value!r}.")
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def decodable(model: Any) -> Any:
+    """The model that decodes: `model`, or what a [`~peft.PeftModel`] wraps."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(inner, type) or not hasattr(inner, "_resolve_generation_config"):
+        wrapped = hasattr(getattr(inner, "module", None), "_resolve_generation_config")
+        mend = (
+            "pass what it wraps, `accelerator.unwrap_model(model)`"
+            if wrapped
+            else "load it with `AutoModelForCausalLM.from_pretrained` after `import dllm_trl`"
+        )
+        raise ValueError(f"`model` must be a diffusion language model with its head, but is {_shown(model)}: {mend}.")
+    return inner
+
+
+def prompt_batch(
+    inputs: torch.Tensor | Mapping | None, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`input_ids` `(B, P)` and their mask, also from the `BatchEncoding` that a tokenizer returns."""
+    if isinstance(inputs, Mapping):
+        if "input_ids" not in inputs:
+            raise ValueError(f"`input_ids` must be a tensor or a tokenizer's output, but is a dict of {list(inputs)}.")
+        attention_mask = inputs.get("attention_mask") if attention_mask is None else attention_mask
+        inputs = inputs["input_ids"]
+    if inputs is None:
+        raise ValueError("`input_ids` is required: a LongTensor of shape (batch, prompt length).")
+    for name, value in (("input_ids", inputs), ("attention_mask", attention_mask)):
+        if not torch.is_tensor(value) and not (name == "attention_mask" and value is None):
+            raise ValueError(
+                f"`{name}` must be a tensor of shape (batch, prompt length), but is {_shown(value)}: call the "
+                'tokenizer with `return_tensors="pt"` (and `padding=True` for several prompts).'
+            )
+    if inputs.dim() != 2:
+        mend = "; pass `input_ids[None]` for one prompt" if inputs.dim() == 1 else ""
+        raise ValueError(f"`input_ids` must have shape (batch, prompt length), but has {tuple(inputs.shape)}{mend}.")
+    if inputs.size(0) == 0:
+        raise ValueError(f"`input_ids` holds no prompt: its shape is {tuple(inputs.shape)}. Pass at least one row.")
+    return inputs, attention_mask
+
+
+def prompt_lists(prompts: Any) -> Sequence:
+    """`prompts` if it is a list of token ids per prompt."""
+    example = "a list with the token ids of each prompt, `[[5, 9, 2], [7, 11]]`"
+    if isinstance(prompts, Mapping):
+        raise ValueError(f'`prompts` must be {example}, but is a dict of {list(prompts)}: pass its `["input_ids"]`.')
+    if torch.is_tensor(prompts) or isinstance(prompts, np.ndarray):
+        raise ValueError(
+            f"`prompts` must be {example}, without padding, but is a tensor of shape {tuple(prompts.shape)}: pass "
+            "`[row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask)]`."
+        )
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(f"`prompts` must be {example}, but is {_shown(prompts)}.")
+    if len(prompts) == 0:
+        raise ValueError("`prompts` is empty: pass at least one prompt.")
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            raise ValueError(
+                f"`prompts[{i}]` must hold token ids, but is the text {_shown(prompt)}: pass "
+                '`tokenizer(prompts)["input_ids"]`.'
+            )
+        if isinstance(prompt, Integral):
+            raise ValueError(f"`prompts` must be {example}, but is one prompt, {_shown(prompts)}: pass `[prompt]`.")
+        if not isinstance(prompt, Sequence) and not torch.is_tensor(prompt) and not isinstance(prompt, np.ndarray):
+            raise ValueError(f"`prompts[{i}]` must be a list of token ids, but is {_shown(prompt)}.")
+        one_dimensional = prompt.ndim == 1 if hasattr(prompt, "ndim") else all(_is_id(token) for token in prompt)
+        if not one_dimensional:
+            raise ValueError(f"`prompts[{i}]` must be a flat list of token ids, integers, but is {_shown(prompt)}.")
+    return prompts
+
+
+def _is_id(token: Any) -> bool:
+    # 64 bits, as in a tensor; 0-dimensional tensors come out of iterating over a tensor
+    return isinstance(token, Integral | torch.Tensor) and not isinstance(token, bool) and abs(int(token)) < 2**63
+
+
+def row_limits(max_new_tokens: Any, rows: int) -> list[int]:
+    """`max_new_tokens` of every row."""
+    if isinstance(max_new_tokens, Integral) and not isinstance(max_new_tokens, bool):
+        check_integer("max_new_tokens", max_new_tokens, 1)
+        return [int(max_new_tokens)] * rows
+    if torch.is_tensor(max_new_tokens) or isinstance(max_new_tokens, np.ndarray):
+        max_new_tokens = max_new_tokens.tolist()
+    if isinstance(max_new_tokens, str) or not isinstance(max_new_tokens, Sequence):
+        raise ValueError(
+            f"`max_new_tokens` must be an integer of at least 1, or a list with one per prompt, but is "
+            f"{max_new_tokens!r}."
+        )
+    if len(max_new_tokens) != rows:
+        raise ValueError(
+            f"`max_new_tokens` must be one number, or a list with one per prompt ({rows}), but has "
+            f"{len(max_new_tokens)}."
+        )
+    for i, limit in enumerate(max_new_tokens):
+        check_integer(f"max_new_tokens[{i}]", limit, 1)
+    return [int(limit) for limit in max_new_tokens]
+
+
+def check_siblings(name: str, number: int, config: DiffusionGenerationConfig) -> None:
+    """Raises for several responses to a prompt without sampling: they would be one and the same."""
+    if number > 1 and not config.do_sample:
+        raise ValueError(
+            f"`{name}` ({number}) > 1 needs sampling, since greedy responses to one prompt are all the same: set "
+            f"`do_sample=True` or a `temperature` above 0, or `{name}=1`."
+        )
