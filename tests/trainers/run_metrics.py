@@ -49,6 +49,7 @@ def partial_reward(completions, log_metric, **kwargs):
 def make_rl(folder: Path, family: str = "sdar", rows: int = 7, **options) -> TraceRLTrainer:
     values = {
         "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
         "num_generations": 2,
         "max_completion_length": 10,
         "remasking_strategy": "low_confidence_static",
