@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import GenerationConfig
@@ -190,6 +190,22 @@ OWN = (
     "alg_temp",
     "suppress_eos",
 )
+NUMBERS = {
+    "alg_temp",
+    "cfg_scale",
+    "confidence_threshold",
+    "encoder_repetition_penalty",
+    "entropy_bound",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "max_time",
+    "min_p",
+    "repetition_penalty",
+    "temperature",
+    "top_h",
+    "top_p",
+    "typical_p",
+}
 KNOWN = {*OWN, *vars(GenerationConfig())}
 SCHEDULES = ("even", "dream")
 CACHES = ("exact", "none", "prefix", "dual")
@@ -251,6 +267,14 @@ def check_refused(config: GenerationConfig) -> None:
                 f"`{name}={value!r}` is not supported by diffusion decoding: {reason}. Leave it out (in a "
                 f"checkpoint's own parameters: `model.generation_config.{name} = None`)."
             )
+
+
+def check_numbers(values: dict[str, Any]) -> None:
+    """Raises for what is compared or computed with as a number, but is none. NaN fails the comparisons themselves."""
+    for name in NUMBERS & values.keys():
+        value = values[name]
+        if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
+            raise ValueError(f"`{name}` must be a number, but is {value!r}.")
 
 
 def reject_renamed(values: dict[str, Any]) -> None:
@@ -336,13 +360,15 @@ class DiffusionGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
+        check_numbers(vars(self))
         counts = {"block_length": 1, "denoising_steps": 1, "refresh_interval": 0, "max_new_tokens": 0, "max_length": 0}
         counts |= {"mask_token_id": 0, "seed": 0, "num_return_sequences": 1}
         for name, least in counts.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < least):
                 raise ValueError(f"`{name}` must be an integer of at least {least}, but is {value!r}.")
-        if isinstance(self.remasking_strategy, str) and self.remasking_strategy not in SAMPLERS:
+        strategy = self.remasking_strategy
+        if strategy is not None and not callable(strategy) and strategy not in list(SAMPLERS):
             raise ValueError(
                 f"`remasking_strategy` must be one of {sorted(SAMPLERS)} or a function, but is "
                 f"{self.remasking_strategy!r}."
@@ -364,7 +390,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             )
         for name in ("cfg_scale", "alg_temp"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not 0 <= value < math.inf):
+            if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be at least 0 (0 is off), but is {value!r}.")
         if self.suppress_eos is not None and not isinstance(self.suppress_eos, bool):
             raise ValueError(f"`suppress_eos` must be `True` or `False`, but is {self.suppress_eos!r}.")

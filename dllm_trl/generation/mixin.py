@@ -24,6 +24,7 @@ from .configuration import (
     ARGUMENTS,
     METHODS,
     DiffusionGenerationConfig,
+    check_numbers,
     check_refused,
     reject_renamed,
 )
@@ -192,6 +193,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             _settings(vars(self.generation_config)),
             _settings(self.config.generation_defaults),
         ]
+        for source in sources:
+            check_numbers(source)
         if full:
             named = "remasking_strategy" in sources[0] | sources[1]
             sources = [source if named else _translated(source) for source in sources]

@@ -1,12 +1,15 @@
 """What every family shares: the config, the backbone that knows the family's attention, the model with its head."""
 
 import copy
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -144,8 +147,31 @@ class DiffusionConfigMixin:
         return output
 
 
+def _broken_weights(folder: str | os.PathLike) -> str:
+    """Names of the files in a folder that are not whole, with their verb."""
+    broken = []
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            broken.append(f"`{file.name}`")
+    return f"{', '.join(broken)} is" if broken else "a file is"
+
+
 class _ImplementationMixin:
     """Which kernels a model runs on."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights of `{pretrained_model_name_or_path}` cannot be read ({error}): "
+                f"{_broken_weights(pretrained_model_name_or_path)} cut off or no safetensors file. Copy or download "
+                "it again."
+            ) from error
 
     def _check_and_adjust_attn_implementation(self, *args, **kwargs) -> str:
         implementation = super()._check_and_adjust_attn_implementation(*args, **kwargs)

@@ -3,14 +3,16 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoConfig
+from torch.utils.data import Dataset as TorchDataset
+from transformers import AutoConfig, TrainingArguments
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ..modeling import FAMILIES
@@ -33,6 +35,17 @@ _TEMPLATE_BYTES = 2048
 # What TRL passes to reward functions beside the columns, and columns that it does not pass
 _PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 _NOT_PASSED = {"prompt", "completion", "completion_ids"}
+
+
+def check_kind(args, config_class: type) -> None:
+    """Raises if `args` is no config that `config_class` can be made from: it belongs to another trainer."""
+    given = {field.name for field in fields(args)} if isinstance(args, TrainingArguments) else {"no arguments at all"}
+    unknown = given - {field.name for field in fields(config_class)}
+    if unknown:
+        raise TypeError(
+            f"`args` must be a `{config_class.__name__}`, but is a `{type(args).__name__}`, which has "
+            f"{', '.join(sorted(unknown)[:3])}."
+        )
 
 
 def check_model(model, model_init_kwargs: dict | None, trust_remote_code: bool = False) -> DiffusionConfigMixin:
@@ -175,12 +188,25 @@ def fill_task_type(model, peft_config) -> None:
             config.task_type = "CAUSAL_LM"
 
 
+def check_dataset(name: str, dataset) -> None:
+    """Raises if `dataset` is no dataset, or has no rows."""
+    if not isinstance(dataset, Dataset | IterableDataset | TorchDataset):
+        raise TypeError(
+            f"`{name}` must be a `datasets.Dataset` or `IterableDataset`, but is a `{type(dataset).__name__}`: make "
+            "one with `Dataset.from_list` or `load_dataset`."
+        )
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"`{name}` has no rows. Was everything filtered out?")
+
+
 def check_columns(name: str, dataset, required: str = "prompt") -> None:
     """Raises if a dataset (or one of a dict of them) is known to lack a column."""
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_columns(f"{name}[{key!r}]", part, required)
         return
+    if dataset is not None:
+        check_dataset(name, dataset)
     columns = getattr(dataset, "column_names", None)
     if columns is not None and required not in columns:
         raise ValueError(
@@ -212,6 +238,20 @@ def check_reward_columns(reward_funcs, name: str, dataset) -> None:
             )
 
 
+def is_conversation(value) -> bool:
+    """Whether `value` is a list of messages, each of which says something or calls a tool."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(message, Mapping)
+            and message.get("role")
+            and (message.get("content") is not None or "tool_calls" in message)
+            for message in value
+        )
+    )
+
+
 def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]], limit: int | None) -> None:
     """
     Raises if a prompt of a map-style dataset is empty or longer than `limit` tokens. Only prompts that might be are
@@ -229,6 +269,11 @@ def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]
             raise ValueError(
                 f"`{name}[{index}]['prompt']` is empty: there is nothing to condition on. Filter such rows out: "
                 f"`{name}.filter(lambda row: row['prompt'])`."
+            )
+        if not isinstance(prompt, str) and not is_conversation(prompt):
+            raise ValueError(
+                f"`{name}[{index}]['prompt']` must be text or a list of messages, each with `role` and `content`, but "
+                f"is {prompt!r:.80}. Mend such rows, or filter them out."
             )
         text = prompt if isinstance(prompt, str) else str(prompt)
         if limit is not None and len(text.encode()) + _TEMPLATE_BYTES > limit:

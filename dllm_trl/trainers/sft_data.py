@@ -5,10 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from trl import pack_dataset
 from trl.data_utils import get_dataset_column_names
+
+from .checks import check_dataset, is_conversation
 
 
 def check_columns(name: str, dataset, text_field: str) -> None:
@@ -19,12 +23,78 @@ def check_columns(name: str, dataset, text_field: str) -> None:
         for key, part in dataset.items():
             check_columns(f"{name}[{key!r}]", part, text_field)
         return
+    check_dataset(name, dataset)
     columns = get_dataset_column_names(dataset)
     known = ({"input_ids"}, {text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"})
     if not any(needed <= set(columns) for needed in known):
         raise ValueError(
             f"`{name}` has only the columns {list(columns)}. Rename yours to `prompt` and `completion`, `messages` or "
             f"`{text_field}` (`dataset_text_field`), or pass a `formatting_func`."
+        )
+    if "input_ids" in columns:
+        check_tokens(name, dataset)
+    elif isinstance(dataset, Dataset):
+        read = [column for column in (text_field, "prompt", "completion", "messages") if column in columns]
+        for index, row in enumerate(dataset.select_columns(read)):
+            for column, value in row.items():
+                _check_value(f"{name}[{index}]['{column}']", value, only_messages=column == "messages")
+
+
+def _check_value(where: str, value: Any, only_messages: bool) -> None:
+    if isinstance(value, str) and not only_messages:
+        return
+    if is_conversation(value):
+        return
+    wanted = "a list of messages, each with `role` and `content`"
+    raise ValueError(
+        f"`{where}` must be {wanted if only_messages else f'text or {wanted}'}, but is {value!r:.80}. Mend such rows, "
+        "or filter them out."
+    )
+
+
+def check_tokens(name: str, dataset, vocab_size: int | None = None) -> None:
+    """
+    Raises if a map-style dataset (or one of a dict of them) has token ids that are no integers below `vocab_size`, or
+    labels or masks of another length; once it is prepared, also if it has nothing to train.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_tokens(f"{name}[{key!r}]", part, vocab_size)
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    per_token = [c for c in ("labels", "completion_mask", "assistant_masks") if c in dataset.column_names]
+    trains = "labels" not in per_token
+    first = 0
+    for table in dataset.select_columns(["input_ids", *per_token]).with_format("arrow").iter(1000):
+        ids = table["input_ids"]
+        inner = getattr(ids.type, "value_type", None)  # null: of empty lists
+        if inner is None or not (pa.types.is_integer(inner) or pa.types.is_null(inner)):
+            raise ValueError(f"`{name}['input_ids']` must hold a list of integers per row, but is of type {ids.type}.")
+        tokens, lengths = pc.list_flatten(ids), pc.list_value_length(ids)
+        least, most = pc.min_max(tokens).as_py().values()
+        if least is not None and (least < 0 or vocab_size is not None and most >= vocab_size):
+            token = least if least < 0 else most
+            index = first + next(i for i, row in enumerate(ids.to_pylist()) if token in row)
+            raise ValueError(
+                f"`{name}[{index}]['input_ids']` has the token {token}, but the model has tokens from 0 to "
+                f"{vocab_size - 1 if vocab_size else 'its vocabulary size - 1'}. Tokenize with the model's own "
+                "tokenizer, or call `model.resize_token_embeddings(len(tokenizer))`."
+            )
+        for column in per_token:
+            same = pc.equal(pc.list_value_length(table[column]), lengths)
+            if not pc.all(same).as_py():
+                index = pc.index(same, False).as_py()
+                raise ValueError(
+                    f"`{name}[{first + index}]['{column}']` must have one value for each of the "
+                    f"{lengths[index].as_py()} tokens of `input_ids`, but is {table[column][index].as_py()!r:.80}."
+                )
+        # Nothing is generated without a context: the first token of a document is never trained
+        trains = trains or any(label != -100 for row in table["labels"].to_pylist() for label in row[1:])
+        first += len(table)
+    if not trains:
+        raise ValueError(
+            f"`{name}` has nothing to train: no example has a trained token behind its first one. Is its text empty, "
+            "or cut off by `max_length` (`truncation_mode`), `completion_only_loss` or `assistant_only_loss`?"
         )
 
 

@@ -29,6 +29,7 @@ from ..types import Round
 from .chat_template import mark_assistant
 from .checks import (
     check_eos,
+    check_kind,
     check_model,
     check_peft,
     check_precision,
@@ -53,7 +54,14 @@ from .papers import PAPERS
 from .published_checkpoints import PublishedCheckpointMixin
 from .round_packing import pack_batch
 from .sft_config import DiffusionSFTConfig
-from .sft_data import SampleLengthsCollator, StepMapCollator, check_columns, check_step_maps, prepare_step_maps
+from .sft_data import (
+    SampleLengthsCollator,
+    StepMapCollator,
+    check_columns,
+    check_step_maps,
+    check_tokens,
+    prepare_step_maps,
+)
 
 
 logger = get_logger(__name__)
@@ -142,7 +150,8 @@ class DiffusionSFTTrainer(
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = DiffusionSFTConfig(f"{model_name.split('/')[-1]}-Diffusion-SFT")
-        elif isinstance(args, TrainingArguments) and not isinstance(args, DiffusionSFTConfig):
+        elif not isinstance(args, DiffusionSFTConfig):
+            check_kind(args, DiffusionSFTConfig)
             values = args.to_dict()
             values["hub_token"] = args.hub_token  # to_dict hides it
             args = DiffusionSFTConfig(**values)
@@ -225,6 +234,8 @@ class DiffusionSFTTrainer(
         self._notes = new_notes()
         config = self.model.config
         config.use_cache = use_cache  # `Trainer` switches it off, and the checkpoints would say so
+        check_tokens("train_dataset", self.train_dataset, config.vocab_size)
+        check_tokens("eval_dataset", self.eval_dataset, config.vocab_size)
         full = config.diffusion_attention == "full"
         self.block_length = args.block_length or config.block_size
         self._grid = None if full else self.block_length

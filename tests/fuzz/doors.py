@@ -29,7 +29,10 @@ def time_limit():
 
 
 def outcome(call, *words: str) -> tuple[str, str]:
-    """`"clear"`: a ValueError, TypeError or OSError with all the words; `"obscure"`: another; `"silent"`: none."""
+    """
+    `"clear"`: an error with all the words, of a kind that says "bad input" (RuntimeError: what a caller's function
+    raised); `"obscure"`: another; `"silent"`: none.
+    """
     try:
         with time_limit():
             result = call()
@@ -37,7 +40,9 @@ def outcome(call, *words: str) -> tuple[str, str]:
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        clear = isinstance(error, (ValueError, TypeError, OSError)) and all(word in str(error) for word in words)
+        clear = isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) and all(
+            word in str(error) for word in words
+        )
         return ("clear" if clear else "obscure"), said
     return "silent", repr(result)[:80]
 
@@ -46,6 +51,7 @@ def judge(door: str, table: list[tuple]) -> None:
     """Every row `(words, value, call)` of a table: none goes through, hardly any is obscure."""
     counts, faults = Counter(), []
     for words, value, call in table:
+        assert words  # the argument's name, at least
         kind, said = outcome(call, *([words] if isinstance(words, str) else words))
         counts[kind] += 1
         if kind != "clear":
