@@ -223,6 +223,7 @@ class DiffusionBackboneMixin(_ImplementationMixin):
         block_length: int | None = None,
         plan=None,
         score_index: torch.LongTensor | None = None,
+        embedding_noise: torch.FloatTensor | None = None,
         **kwargs,
     ):
         r"""
@@ -248,6 +249,8 @@ class DiffusionBackboneMixin(_ImplementationMixin):
             score_index (`torch.LongTensor` of shape `(n,)`, *optional*):
                 Positions among the `B * S` tokens whose hidden states are wanted. `last_hidden_state` becomes `(1, n,
                 H)`, so that a head projects only those.
+            embedding_noise (`torch.FloatTensor` of shape `(B, S, H)`, *optional*):
+                Added to the embeddings.
         """
         for name in _PUBLISHED_ARGUMENTS.keys() & kwargs.keys():
             raise ValueError(
@@ -259,9 +262,13 @@ class DiffusionBackboneMixin(_ImplementationMixin):
                 f"queries, keys), `True` where a query may attend, but has {tuple(attention_mask.shape)}."
             )
         if isinstance(plan, ChunkedPlan):
-            return self._forward_chunks(plan, input_ids, position_ids, score_index, use_cache=False, **kwargs)
+            return self._forward_chunks(
+                plan, input_ids, position_ids, score_index, embedding_noise, use_cache=False, **kwargs
+            )
         if inputs_embeds is None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None
+        if embedding_noise is not None:
+            inputs_embeds = inputs_embeds + embedding_noise.to(inputs_embeds.dtype)
         length, past = inputs_embeds.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
         padding = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
         if padding and attention_mask.shape[1] < past + length:
@@ -303,19 +310,22 @@ class DiffusionBackboneMixin(_ImplementationMixin):
             outputs.last_hidden_state = outputs.last_hidden_state.flatten(0, 1)[score_index][None]
         return outputs
 
-    def _forward_chunks(self, plan, input_ids, position_ids, score_index, **kwargs):
+    def _forward_chunks(self, plan, input_ids, position_ids, score_index, embedding_noise, **kwargs):
         """Chunk after chunk. If there are several, each keeps nothing for the backward pass but its input."""
         pieces = input_ids.split(plan.tokens, dim=1), position_ids.split(plan.tokens, dim=1)
         starts = accumulate(plan.tokens[:-1], initial=0)
+        noises = [None] * len(plan.tokens)
+        if embedding_noise is not None:
+            noises = embedding_noise.split(plan.tokens, dim=1)
         outputs, several = [], torch.distributed.is_initialized()
         recomputed = torch.is_grad_enabled() and len(plan.plans) > 1
-        for ids, positions, read, start, part in zip(
-            *pieces, score_index.split(plan.reads), starts, plan.plans, strict=True
+        for ids, positions, read, start, part, noise in zip(
+            *pieces, score_index.split(plan.reads), starts, plan.plans, noises, strict=True
         ):
 
-            def run(_, arguments=(ids, None, positions), plan=part, read=read - start):
+            def run(_, arguments=(ids, None, positions), plan=part, read=read - start, noise=noise):
                 with without_reentrant(self.layers) if recomputed and several else nullcontext():
-                    output = self.forward(*arguments, plan=plan, score_index=read, **kwargs)
+                    output = self.forward(*arguments, plan=plan, score_index=read, embedding_noise=noise, **kwargs)
                 return output.last_hidden_state, *(getattr(output, "router_logits", None) or ())
 
             if recomputed:

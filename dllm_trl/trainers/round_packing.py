@@ -18,6 +18,7 @@ def pack_batch(trainer: Trainer, batch: dict[str, torch.Tensor], rounds: list[Ro
         block_length=trainer._grid,
         mask_token_id=trainer.mask_token_id,
         logit_shift=trainer.model.config.logit_shift,
+        share_prompts=trainer.args.neftune_noise_alpha is None,  # each row has noise of its own
         rounds_per_forward=trainer.args.rounds_per_forward,
     )
     if trainer._grid is None and trainer.accelerator.num_processes > 1:

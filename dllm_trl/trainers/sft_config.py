@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,6 +149,9 @@ class DiffusionSFTConfig(SFTConfig):
                 raise ValueError(f"`{name}` must be one of {allowed}, but is {getattr(self, name)!r}.")
         if self.eos_fill is False and self.eos_fill_length is not None:
             raise ValueError("`eos_fill_length` says how far to fill, but `eos_fill=False`. Leave one of them out.")
+        alpha = self.neftune_noise_alpha
+        if alpha is not None and not 0 <= alpha < math.inf:
+            raise ValueError(f"`neftune_noise_alpha` must be 0 or more, but is {alpha}. Leave it unset for no noise.")
         if self.label_smoothing_factor:
             raise ValueError(
                 "`label_smoothing_factor` is not supported: log-probabilities are computed without full logits. Set "

@@ -62,7 +62,9 @@ def check_tokens(name: str, dataset, vocab_size: int | None = None) -> None:
             check_tokens(f"{name}[{key!r}]", part, vocab_size)
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return
-    per_token = [c for c in ("labels", "completion_mask", "assistant_masks") if c in dataset.column_names]
+    # Masks are not read where there are labels, and not cut to `max_length` with them
+    masks = ("completion_mask", "assistant_masks")
+    per_token = [c for c in (("labels",) if "labels" in dataset.column_names else masks) if c in dataset.column_names]
     trains = "labels" not in per_token
     first = 0
     for table in dataset.select_columns(["input_ids", *per_token]).with_format("arrow").iter(1000):

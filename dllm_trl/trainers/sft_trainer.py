@@ -40,6 +40,7 @@ from .checks import (
 from .exact_resume import ExactResumeMixin
 from .metrics import RatioMetricsMixin, new_notes
 from .model_card import DiffusionModelCardMixin
+from .neftune import draw_noise
 from .objectives.sft import (
     DEFAULT_OBJECTIVES,
     longest_document,
@@ -232,6 +233,7 @@ class DiffusionSFTTrainer(
         if self.padding_free:
             self.data_collator = SampleLengthsCollator(self.data_collator)
         self._notes = new_notes()
+        self.neftune_noise_alpha = None  # stock noise would know neither rows nor copies: see `compute_loss`
         config = self.model.config
         config.use_cache = use_cache  # `Trainer` switches it off, and the checkpoints would say so
         check_tokens("train_dataset", self.train_dataset, config.vocab_size)
@@ -403,6 +405,11 @@ class DiffusionSFTTrainer(
         }
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
+        if model.training and self.args.neftune_noise_alpha is not None:
+            alpha, hidden_size = self.args.neftune_noise_alpha, self.model.config.hidden_size
+            model_inputs["embedding_noise"] = draw_noise(
+                packed, rows, alpha, hidden_size, self.args.seed, self.state.global_step
+            )
         outputs = model(**model_inputs, shift_labels=packed.labels[None], fused_lm_head=True)
 
         nll = -outputs.log_probs[0]

@@ -22,7 +22,7 @@ def test_processes_have_as_many_chunks(processes, most, expected):
         _grid=None,
         mask_token_id=2,
         model=make_model("llada"),
-        args=SimpleNamespace(rounds_per_forward=1),
+        args=SimpleNamespace(rounds_per_forward=1, neftune_noise_alpha=None),
         accelerator=accelerator,
     )
     ids = torch.tensor([[10, 11, 12, 13]])

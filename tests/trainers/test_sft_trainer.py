@@ -282,6 +282,14 @@ def test_text_trains_all_but_the_first_token(tmp_path):
     assert trained_texts(trainer, 3) == [TEXTS["text"][3][1:] + "<eos>"]
 
 
+@pytest.mark.parametrize(
+    "data", [PAIRS, {"input_ids": [[7, 8, 9, 10, 11, 12]] * 4, "completion_mask": [[0] + [1] * 5] * 4}]
+)
+def test_masks_that_are_not_read_do_not_stop_truncation(tmp_path, data):
+    trainer = make_trainer(tmp_path, data, max_length=4, completion_only_loss=False)
+    assert {len(row["labels"]) for row in trainer.train_dataset} == {4}
+
+
 def test_truncated_rows_are_not_filled(tmp_path):
     trainer = make_trainer(tmp_path, max_length=11)
     assert trained_texts(trainer, 4) == [PAIRS["completion"][4][: 11 - len(PAIRS["prompt"][4])]]
