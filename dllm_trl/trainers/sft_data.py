@@ -168,7 +168,8 @@ def _align(row: dict, index: int, name: str) -> dict:
 
 
 def _truncate(row: dict, start: int, stop: int | None) -> dict:
-    return {name: row[name][start:stop] for name in ("input_ids", "labels", "step_map")}
+    aligned = ("input_ids", "labels", "step_map", "completion_mask", "assistant_masks")
+    return {name: row[name][start:stop] for name in aligned if name in row}
 
 
 def _trains_something(row: dict) -> bool:
