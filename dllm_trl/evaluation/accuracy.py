@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..generation import DiffusionGenerationConfig, generate_rollouts
-from ..generation.checks import check_integer
+from ..generation.checks import check_config, check_integer, is_conversation, naming_template
 from ..generation.mixin import rollout_inputs
 from ..rewards import math_reward
 
@@ -50,14 +50,15 @@ def _tokenize(tokenizer, prompt: str | list[dict], chat_template_kwargs: dict[st
     if isinstance(prompt, str):
         return tokenizer(text=prompt)["input_ids"]
     answered = prompt[-1]["role"] == "assistant"  # an answer that was begun goes on
-    return tokenizer.apply_chat_template(
-        prompt,
-        add_generation_prompt=not answered,
-        continue_final_message=answered,
-        tokenize=True,
-        return_dict=True,
-        **chat_template_kwargs,
-    )["input_ids"]
+    with naming_template("tokenizer"):
+        return tokenizer.apply_chat_template(
+            prompt,
+            add_generation_prompt=not answered,
+            continue_final_message=answered,
+            tokenize=True,
+            return_dict=True,
+            **chat_template_kwargs,
+        )["input_ids"]
 
 
 def _check_problems(problems: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -73,6 +74,11 @@ def _check_problems(problems: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             raise ValueError(
                 f'`problems[{i}]` needs a "prompt", text or a list of messages, but has {sorted(problem)}: '
                 'name its question so, e.g. `{"prompt": problem["question"], "answer": problem["answer"]}`.'
+            )
+        if isinstance(problem["prompt"], list) and not is_conversation(problem["prompt"]):
+            raise ValueError(
+                f'`problems[{i}]["prompt"]` must be text or a list of messages, each with `role` and `content`, but '
+                f"is {problem['prompt']!r:.80}."
             )
         if problem.keys() != problems[0].keys():
             raise ValueError(f"`problems[{i}]` has {sorted(problem)}, `problems[0]` has {sorted(problems[0])}.")
@@ -154,8 +160,9 @@ def evaluate_accuracy(
     """
     problems = _check_problems(problems)
     check_integer("batch_size", batch_size, 1)
+    check_config(generation_config)
     for name, value in (("tokenizer", tokenizer), ("reward_func", reward_func)):
-        if not callable(value):
+        if not callable(value) or isinstance(value, type):
             raise ValueError(f"`{name}` must be a {name.replace('_func', ' function')}, but is {value!r}.")
     config, eos_ids = _with_eos(model, tokenizer, generation_config)
     if config.max_time is not None or model.generation_config.max_time is not None:

@@ -1,11 +1,14 @@
 """What the entry points of decoding take, checked before anything is computed: each error says how to mend it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
+from transformers import GenerationConfig
 
 from .configuration import DiffusionGenerationConfig
 
@@ -63,6 +66,19 @@ def prompt_batch(
     return inputs, attention_mask
 
 
+def token_ids(name: str, ids: torch.Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
+    """`ids` of any integer type as int64. Raises for all else: to round a float would be to guess."""
+    if torch.is_tensor(ids):
+        kind = ids.dtype
+        whole = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    else:
+        ids = np.asarray(ids)
+        kind, whole = ids.dtype, ids.dtype.kind in "iu" or not ids.size  # an empty list has no type
+    if not whole:
+        raise ValueError(f"{name} must hold token ids, which are integers, but is of type {kind}.")
+    return ids.cpu().long().numpy() if torch.is_tensor(ids) else ids.astype(np.int64)
+
+
 def prompt_lists(prompts: Any) -> Sequence:
     """`prompts` if it is a list of token ids per prompt."""
     example = "a list with the token ids of each prompt, `[[5, 9, 2], [7, 11]]`"
@@ -118,6 +134,41 @@ def row_limits(max_new_tokens: Any, rows: int) -> list[int]:
     for i, limit in enumerate(max_new_tokens):
         check_integer(f"max_new_tokens[{i}]", limit, 1)
     return [int(limit) for limit in max_new_tokens]
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether `value` is a list of messages, each of which says something or calls a tool."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(message, Mapping)
+            and message.get("role")
+            and (message.get("content") is not None or "tool_calls" in message)
+            for message in value
+        )
+    )
+
+
+@contextmanager
+def naming_template(name: str) -> Iterator[None]:
+    """Context in which an error of a chat template says that it is the one of the tokenizer of that name."""
+    try:
+        yield
+    except TemplateError as error:
+        raise ValueError(
+            f"`{name}.chat_template` cannot be rendered ({type(error).__name__}: {error}). Mend it, or "
+            "set another one."
+        ) from error
+
+
+def check_config(generation_config: Any) -> None:
+    """Raises unless it is a generation config, or `None`."""
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(
+            f"`generation_config` must be a `DiffusionGenerationConfig` or a `GenerationConfig`, but is "
+            f"{generation_config!r}: build one, `DiffusionGenerationConfig(temperature=0.7)`."
+        )
 
 
 def check_siblings(name: str, number: int, config: DiffusionGenerationConfig) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -206,6 +207,7 @@ NUMBERS = {
     "top_p",
     "typical_p",
 }
+TOKEN_IDS = {"begin_suppress_tokens", "eos_token_id", "forced_eos_token_id", "pad_token_id", "suppress_tokens"}
 KNOWN = {*OWN, *vars(GenerationConfig())}
 SCHEDULES = ("even", "dream")
 CACHES = ("exact", "none", "prefix", "dual")
@@ -269,12 +271,16 @@ def check_refused(config: GenerationConfig) -> None:
             )
 
 
-def check_numbers(values: dict[str, Any]) -> None:
-    """Raises for what is compared or computed with as a number, but is none. NaN fails the comparisons themselves."""
+def check_types(values: dict[str, Any]) -> None:
+    """Raises for a number that is none, and token ids that are no integers. NaN fails the comparisons themselves."""
     for name in NUMBERS & values.keys():
         value = values[name]
         if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
             raise ValueError(f"`{name}` must be a number, but is {value!r}.")
+    for name in TOKEN_IDS & values.keys():
+        ids = np.asarray([] if values[name] is None else values[name])
+        if ids.size and ids.dtype.kind not in "iu":
+            raise ValueError(f"`{name}` must be a token id or a list of them, integers, but is {values[name]!r}.")
 
 
 def reject_renamed(values: dict[str, Any]) -> None:
@@ -360,7 +366,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
-        check_numbers(vars(self))
+        check_types(vars(self))
         counts = {"block_length": 1, "denoising_steps": 1, "refresh_interval": 0, "max_new_tokens": 0, "max_length": 0}
         counts |= {"mask_token_id": 0, "seed": 0, "num_return_sequences": 1}
         for name, least in counts.items():

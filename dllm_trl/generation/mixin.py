@@ -18,14 +18,23 @@ from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStrin
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 
 from ..types import DiffusionRollout
-from .checks import check_integer, check_siblings, decodable, prompt_batch, prompt_lists, row_limits
+from .checks import (
+    check_config,
+    check_integer,
+    check_siblings,
+    decodable,
+    prompt_batch,
+    prompt_lists,
+    row_limits,
+    token_ids,
+)
 from .configuration import (
     ALGORITHMS,
     ARGUMENTS,
     METHODS,
     DiffusionGenerationConfig,
-    check_numbers,
     check_refused,
+    check_types,
     reject_renamed,
 )
 from .decoder import DecodingPlan
@@ -178,11 +187,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         Returns the config with every field set and the kwargs that are none of its fields.
         """
         reject_renamed(kwargs)
-        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
-            raise ValueError(
-                f"`generation_config` must be a `DiffusionGenerationConfig` or a `GenerationConfig`, but is "
-                f"{generation_config!r}: build one, `DiffusionGenerationConfig(temperature=0.7)`."
-            )
+        check_config(generation_config)
         config = DiffusionGenerationConfig()
         unknown = {key: value for key, value in kwargs.items() if not hasattr(config, key)}
         given = {key: value for key, value in kwargs.items() if key not in unknown}
@@ -194,7 +199,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             _settings(self.config.generation_defaults),
         ]
         for source in sources:
-            check_numbers(source)
+            check_types(source)
         if full:
             named = "remasking_strategy" in sources[0] | sources[1]
             sources = [source if named else _translated(source) for source in sources]
@@ -271,6 +276,13 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError(
                 "The model's config has no `mask_token_id`. Set it there, or pass `mask_token_id=` to `generate`."
             )
+        vocab_size = self.config.vocab_size
+        for name in ("mask_token_id", "suppress_tokens"):
+            unknown = [token for token in _ids(getattr(config, name)) if not 0 <= token < vocab_size]
+            if unknown:
+                raise ValueError(
+                    f"`{name}` has the id {unknown[0]}, but the model's vocabulary has the ids 0 to {vocab_size - 1}."
+                )
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
@@ -369,6 +381,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"`{name}` is not supported by diffusion decoding; leave it out.")
         inputs, attention_mask = prompt_batch(inputs, attention_mask)
+        inputs = torch.from_numpy(token_ids("`input_ids`", inputs)).to(inputs.device)
         kwargs.pop("synced_gpus", None)  # accepted for transformers' callers
         tokenizer = kwargs.pop("tokenizer", None)
         config, unused = self._resolve_generation_config(generation_config, **kwargs)
@@ -389,6 +402,8 @@ class DiffusionGenerationMixin(GenerationMixin):
                 f"`max_length` ({config.max_length}) leaves no room after a prompt of {inputs.size(1)} tokens; pass "
                 "`max_new_tokens`."
             )
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(f"`streamer` must have the methods `put` and `end`, but is {streamer!r}.")
         if streamer is not None and inputs.size(0) * config.num_return_sequences > 1:
             raise ValueError("`streamer` works with one prompt and one response at a time.")
         check_siblings("num_return_sequences", config.num_return_sequences, config)
@@ -396,7 +411,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         plan = self._decoding_plan(
             config, logits_processor, stopping_criteria, tokenizer, prefix_allowed_tokens_fn, shape
         )
-        prompts = [row[mask.bool()].numpy() for row, mask in zip(inputs.cpu(), attention_mask.cpu(), strict=True)]
+        prompts = [row[mask] for row, mask in zip(inputs.cpu().numpy(), attention_mask.bool().cpu().numpy())]
         self._check_prompts(prompts, [limit] * len(prompts))
         if streamer is not None:
             streamer.put(inputs.cpu())
@@ -428,6 +443,12 @@ class DiffusionGenerationMixin(GenerationMixin):
                 raise ValueError(
                     f"Prompt {i} has {len(prompt)} tokens and `max_new_tokens` is {limit}: more than the model's "
                     f"context of {context}. Shorten the prompt or lower `max_new_tokens`."
+                )
+            unknown = prompt[(prompt < 0) | (prompt >= self.config.vocab_size)]
+            if len(unknown):
+                raise ValueError(
+                    f"Prompt {i} holds the id {unknown[0]}, but the model's vocabulary has the ids 0 to "
+                    f"{self.config.vocab_size - 1}. Tokenize it with the model's own tokenizer."
                 )
 
 
@@ -468,7 +489,7 @@ def rollout_inputs(
         if config.max_new_tokens is None:
             raise ValueError("`max_length` is ambiguous for ragged prompts; pass `max_new_tokens`.")
         limits = [config.max_new_tokens] * len(prompts)
-    arrays = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+    arrays = [token_ids(f"`prompts[{i}]`", prompt) for i, prompt in enumerate(prompts)]
     model._check_prompts(arrays, limits)
     return model, arrays, limits, config
 

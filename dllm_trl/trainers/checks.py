@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -12,9 +12,10 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from ..generation.checks import is_conversation, naming_template
 from ..modeling import FAMILIES
 from ..modeling.base import DiffusionConfigMixin, check_diffusion_model
 
@@ -238,24 +239,11 @@ def check_reward_columns(reward_funcs, name: str, dataset) -> None:
             )
 
 
-def is_conversation(value) -> bool:
-    """Whether `value` is a list of messages, each of which says something or calls a tool."""
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(message, Mapping)
-            and message.get("role")
-            and (message.get("content") is not None or "tool_calls" in message)
-            for message in value
-        )
-    )
-
-
 def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]], limit: int | None) -> None:
     """
-    Raises if a prompt of a map-style dataset is empty or longer than `limit` tokens. Only prompts that might be are
-    tokenized; those of an iterable dataset are checked when their turn comes.
+    Raises if a prompt of a map-style dataset is neither text nor messages, empty or longer than `limit` tokens. The
+    first is tokenized, and those that might be too long; those of an iterable dataset are checked when their turn
+    comes.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
@@ -275,6 +263,9 @@ def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]
                 f"`{name}[{index}]['prompt']` must be text or a list of messages, each with `role` and `content`, but "
                 f"is {prompt!r:.80}. Mend such rows, or filter them out."
             )
+        if index == 0:
+            with naming_template("processing_class"):
+                tokenize([prompt])
         text = prompt if isinstance(prompt, str) else str(prompt)
         if limit is not None and len(text.encode()) + _TEMPLATE_BYTES > limit:
             suspects.append(index)
@@ -375,6 +366,11 @@ def find_mask_token(config, tokenizer) -> int:
 
 def check_eos(processing_class: Any, eos_token: str | None = None) -> None:
     """Raises for a tokenizer without EOS, from which no response could learn to end. `eos_token` is the config's."""
+    if not isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):
+        raise TypeError(
+            f"`processing_class` must be a tokenizer, but is {processing_class!r:.80}: load it with "
+            "`AutoTokenizer.from_pretrained`."
+        )
     tokenizer = getattr(processing_class, "tokenizer", processing_class)  # a processor has one
     if tokenizer is not None and eos_token is None and tokenizer.eos_token is None:
         raise ValueError(

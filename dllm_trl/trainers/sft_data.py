@@ -12,7 +12,8 @@ from datasets import Dataset
 from trl import pack_dataset
 from trl.data_utils import get_dataset_column_names
 
-from .checks import check_dataset, is_conversation
+from ..generation.checks import is_conversation
+from .checks import check_dataset
 
 
 def check_columns(name: str, dataset, text_field: str) -> None:

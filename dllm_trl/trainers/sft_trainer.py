@@ -24,6 +24,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
+from ..generation.checks import naming_template
 from ..modeling.packing import PackedRounds, pack_causal
 from ..types import Round
 from .chat_template import mark_assistant
@@ -280,6 +281,7 @@ class DiffusionSFTTrainer(
 
     # ---------------------------------------------------------------------------------------------------------- data
 
+    @naming_template("processing_class")
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepare = super()._prepare_dataset
         if self._step_map is None or "step_map" not in get_dataset_column_names(dataset):

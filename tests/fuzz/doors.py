@@ -1,6 +1,7 @@
 """Bad input at a door: does it say the argument's name, say something else, or go through?"""
 
 import math
+import re
 import signal
 from collections import Counter
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ def time_limit():
 
 def outcome(call, *words: str) -> tuple[str, str]:
     """
-    `"clear"`: an error with all the words, of a kind that says "bad input" (RuntimeError: what a caller's function
-    raised); `"obscure"`: another; `"silent"`: none.
+    `"clear"`: an error with all the words (regular expressions), of a kind that says "bad input" (RuntimeError: what a
+    caller's function raised); `"obscure"`: another; `"silent"`: none.
     """
     try:
         with time_limit():
@@ -40,9 +41,8 @@ def outcome(call, *words: str) -> tuple[str, str]:
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        clear = isinstance(error, (ValueError, TypeError, OSError, RuntimeError)) and all(
-            word in str(error) for word in words
-        )
+        kinds = (ValueError, TypeError, OSError, RuntimeError)
+        clear = isinstance(error, kinds) and all(re.search(word, str(error)) for word in words)
         return ("clear" if clear else "obscure"), said
     return "silent", repr(result)[:80]
 
@@ -63,8 +63,20 @@ def judge(door: str, table: list[tuple]) -> None:
     assert counts["obscure"] <= 0.05 * len(table), "\n".join(faults)
 
 
-def options(call, names: dict[str, list]) -> list[tuple]:
-    """Rows for `call(**{name: value})`."""
+def options(call, names: dict[str, list], words: dict[str, str] | None = None) -> list[tuple]:
+    """Rows for `call(**{name: value})`. The error has the name, or the words given for it."""
+    words = words or {}
     return [
-        (name, value, lambda n=name, v=value: call(**{n: v})) for name, values in names.items() for value in values
+        (words.get(name, name), value, lambda n=name, v=value: call(**{n: v}))
+        for name, values in names.items()
+        for value in values
     ]
+
+
+def spoil(path, damage):
+    """Damages a file: a half of it, nothing, other content, or gone."""
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        contents = {"cut": content[: len(content) // 2], "empty": b"", "binary": b"\xff\x00" * 50, "text": b"not this"}
+        path.write_bytes(contents[damage])

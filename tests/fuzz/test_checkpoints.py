@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer, TraceRLConfig, TraceRLTrainer
 
 from ..trainers.tiny_rl import ON_CPU, letter_reward, make_model, make_prompts, make_tokenizer
-from .doors import judge
+from .doors import judge, spoil
 
 
 pytestmark = pytest.mark.slow
@@ -25,14 +25,6 @@ def test_models(family, tmp_path):
             spoil(bad / name, damage)
             rows.append(((name,), damage, lambda b=bad: AutoModelForCausalLM.from_pretrained(b)))
     judge(f"from_pretrained, {family}", rows)
-
-
-def spoil(path, damage):
-    content = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "binary": b"\xff\x00" * 50,
-                          "text": b"not this"}[damage])  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["rl", "sft"])

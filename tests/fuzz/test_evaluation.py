@@ -25,7 +25,9 @@ def test_evaluation():
         call,
         {
             "problems": [
-                [], [{}], [{"prompt": ""}], [{"prompt": []}], [{"prompt": None}], [{"prompt": 3}], ["text"], [3],
+                [], [{}], [{"prompt": ""}], [{"prompt": []}], [{"prompt": None}], [{"prompt": 3}], [{"prompt": ["a"]}],
+                [{"prompt": [{"role": "user"}]}],
+                [{"prompt": [1, 2]}], [{"prompt": [{"content": "a"}]}], ["text"], [3],
                 [{"question": "1+1"}], [{"prompt": "a"}, {"prompt": "b", "answer": 1}], {"prompt": "a"}, "text",
             ],
             "batch_size": NOT_COUNTS,
