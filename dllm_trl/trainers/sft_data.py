@@ -36,9 +36,14 @@ def check_columns(name: str, dataset, text_field: str) -> None:
         check_tokens(name, dataset)
     elif isinstance(dataset, Dataset):
         read = [column for column in (text_field, "prompt", "completion", "messages") if column in columns]
-        for index, row in enumerate(dataset.select_columns(read)):
+        for index, row in enumerate(dataset.select_columns(read).with_format(None)):
             for column, value in row.items():
                 _check_value(f"{name}[{index}]['{column}']", value, only_messages=column == "messages")
+            if "prompt" in row and "completion" in row and type(row["prompt"]) is not type(row["completion"]):
+                raise ValueError(
+                    f"`{name}[{index}]` has text in one of `prompt` and `completion` and messages in the other. Make "
+                    "both text, or both messages."
+                )
 
 
 def _check_value(where: str, value: Any, only_messages: bool) -> None:

@@ -102,6 +102,8 @@ def test_sft(tmp_path):
         ("prompt", {"prompt": [2.5] * 8, "completion": ["ab"] * 8}),
         ("prompt", {"prompt": [[]] * 8, "completion": [[message]] * 8}),
         ("prompt", {"prompt": [["ab"]] * 8, "completion": ["ab"] * 8}),
+        ("completion", {"prompt": [[message]] * 8, "completion": ["ab"] * 8}),
+        ("completion", {"prompt": ["ab"] * 8, "completion": [[message]] * 8}),
         ("messages", {"messages": [[]] * 8}),
         ("messages", {"messages": [[message]] * 7 + [[]]}),
         ("messages", {"messages": [None] * 8}),
