@@ -61,6 +61,11 @@ def prompt_batch(
     if inputs.dim() != 2:
         mend = "; pass `input_ids[None]` for one prompt" if inputs.dim() == 1 else ""
         raise ValueError(f"`input_ids` must have shape (batch, prompt length), but has {tuple(inputs.shape)}{mend}.")
+    if attention_mask is not None and ((attention_mask != 0) & (attention_mask != 1)).any():
+        raise ValueError(
+            "`attention_mask` must hold 1 for tokens and 0 for padding, but has other values, too: "
+            f"{_shown(attention_mask.unique().tolist())}."
+        )
     if inputs.size(0) == 0:
         raise ValueError(f"`input_ids` holds no prompt: its shape is {tuple(inputs.shape)}. Pass at least one row.")
     return inputs, attention_mask
@@ -144,7 +149,7 @@ def is_conversation(value: Any) -> bool:
         and all(
             isinstance(message, Mapping)
             and message.get("role")
-            and (message.get("content") is not None or "tool_calls" in message)
+            and (isinstance(message.get("content"), str | list | Mapping) or "tool_calls" in message)
             for message in value
         )
     )

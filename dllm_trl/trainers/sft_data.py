@@ -35,10 +35,12 @@ def check_columns(name: str, dataset, text_field: str) -> None:
     if "input_ids" in columns:
         check_tokens(name, dataset)
     elif isinstance(dataset, Dataset):
-        read = [column for column in (text_field, "prompt", "completion", "messages") if column in columns]
+        read = [c for c in (text_field, "prompt", "completion", "messages", "conversations") if c in columns]
         for index, row in enumerate(dataset.select_columns(read).with_format(None)):
             for column, value in row.items():
-                _check_value(f"{name}[{index}]['{column}']", value, only_messages=column == "messages")
+                _check_value(
+                    f"{name}[{index}]['{column}']", value, only_messages=column in ("messages", "conversations")
+                )
             if "prompt" in row and "completion" in row and type(row["prompt"]) is not type(row["completion"]):
                 raise ValueError(
                     f"`{name}[{index}]` has text in one of `prompt` and `completion` and messages in the other. Make "
@@ -49,6 +51,9 @@ def check_columns(name: str, dataset, text_field: str) -> None:
 def _check_value(where: str, value: Any, only_messages: bool) -> None:
     if isinstance(value, str) and not only_messages:
         return
+    if only_messages and isinstance(value, list):  # published under other names, too, which TRL converts
+        names = {"from": "role", "value": "content"}
+        value = [{names.get(k, k): v for k, v in m.items()} if isinstance(m, dict) else m for m in value]
     if is_conversation(value):
         return
     wanted = "a list of messages, each with `role` and `content`"

@@ -59,7 +59,8 @@ def test_rl(tmp_path):
         [
             [1] * 8, [[]] * 8, ["ab" * 500] * 8, [["ab"]] * 8, [[{"role": "user"}]] * 8, [[{"content": "ab"}]] * 8,
             [["ab", "cd"]] * 8, [[7, 8]] * 8, [{"role": "user", "content": "ab"}] * 8,
-            [[{"role": "user", "content": None}]] * 8, [[{"role": "user", "content": "a"}]] * 7 + [[]], [1.5] * 8,
+            [[{"role": "user", "content": None}]] * 8, [[{"role": "user", "content": 3}]] * 8,
+            [[{"role": "user", "content": "a"}]] * 7 + [[]], [1.5] * 8,
         ],
     )  # fmt: skip
     rows += [
@@ -76,6 +77,11 @@ def test_rl(tmp_path):
         (("args",), "sft", lambda: train("rl", tmp_path, args=DiffusionSFTConfig(str(tmp_path), **ON_CPU))),
     ]  # fmt: skip
     judge("TraceRLTrainer", rows)
+
+
+def test_other_names_of_messages_work(tmp_path):
+    turns = [[{"from": "user", "value": "ab"}, {"from": "assistant", "value": "cd"}]] * 8
+    train("sft", tmp_path, train_dataset=Dataset.from_dict({"conversations": turns}))
 
 
 def test_an_empty_answer_is_an_answer(tmp_path):
@@ -104,6 +110,10 @@ def test_sft(tmp_path):
         ("prompt", {"prompt": [["ab"]] * 8, "completion": ["ab"] * 8}),
         ("completion", {"prompt": [[message]] * 8, "completion": ["ab"] * 8}),
         ("completion", {"prompt": ["ab"] * 8, "completion": [[message]] * 8}),
+        ("conversations", {"conversations": [[]] * 8}),
+        ("conversations", {"conversations": ["ab"] * 8}),
+        ("conversations", {"conversations": [[{"from": "user"}]] * 8}),
+        ("messages", {"messages": [[{"role": "user", "content": 3}]] * 8}),
         ("messages", {"messages": [[]] * 8}),
         ("messages", {"messages": [[message]] * 7 + [[]]}),
         ("messages", {"messages": [None] * 8}),

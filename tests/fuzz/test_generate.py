@@ -40,6 +40,7 @@ def test_generate(family):
             "attention_mask": [
                 torch.ones(1, 4), torch.ones(2, 5), torch.ones(1, 1, 5), torch.zeros(1, 5, dtype=torch.long),
                 torch.tensor([[1, 0, 1, 1, 1]]), torch.tensor([[1, 1, 1, 1, 0]]), torch.ones(5), "x",
+                torch.tensor([[2, 2, 2, 2, 2]]), torch.tensor([[-1, 0, 1, 1, 1]]), torch.tensor([[NAN, 1, 1, 1, 1]]),
             ],
             "max_new_tokens": [-1, "4", 1.5, NAN, [4], 10**9],
             "num_return_sequences": [0, -1, 1.5, "2"],
