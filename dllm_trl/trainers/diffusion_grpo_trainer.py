@@ -46,6 +46,7 @@ from .published_checkpoints import PublishedCheckpointMixin
 from .reference_model import copied_reference
 from .rollout_resume import RolloutResumeMixin
 from .round_packing import pack_batch
+from .unread_options import UNREAD_IN_RL, check_unread
 
 
 logger = get_logger(__name__)
@@ -132,6 +133,7 @@ class DiffusionGRPOTrainer(
             raise TypeError(f"`args` must be a `{self.config_class.__name__}`, but is a `{type(args).__name__}`.")
         not_supported = {"tools": tools, "rollout_func": rollout_func, "environment_factory": environment_factory}
         check_options(type(self).__name__, args, reward_funcs, not_supported)
+        check_unread(type(self).__name__, args, UNREAD_IN_RL)
         check_precision(args)
         check_peft(model, peft_config)
         check_eos(processing_class)

@@ -64,6 +64,7 @@ from .sft_data import (
     check_tokens,
     prepare_step_maps,
 )
+from .unread_options import UNREAD, check_unread
 
 
 logger = get_logger(__name__)
@@ -163,6 +164,7 @@ class DiffusionSFTTrainer(
                 "Pass a callable as `DiffusionSFTConfig(objective=...)`, or override `compute_loss`."
             )
         check_precision(args)
+        check_unread(type(self).__name__, args, UNREAD)
         check_peft(model, peft_config)
         check_eos(processing_class, args.eos_token)
         fill_task_type(model, peft_config)

@@ -56,6 +56,11 @@ REFUSED = [
         r"(?i)vlm|-ForConditionalGeneration",
         r"is no diffusion language model",
     ),
+    Refusal(
+        "options that nothing here would read (`pad_to_multiple_of`, Liger, `torch_compile`): refused, not ignored",
+        r"pad_to_multiple_of|liger|torch_compile",
+        r"would have no effect",
+    ),
 ]
 
 
