@@ -24,8 +24,9 @@ import torch
 from transformers import set_seed
 
 from dllm_trl.modeling.llada import LLaDAConfig, LLaDAModelLM
-from dllm_trl.modeling.packing import pack_rounds
-from dllm_trl.trainers.objectives.trace import trace_rounds
+from dllm_trl.objectives.trace import trace_rounds
+from dllm_trl.scoring.layout import pack_rounds
+from dllm_trl.types import Grid, Rows
 
 
 ROUNDS = (4, 16, 64)
@@ -59,7 +60,9 @@ def make_rows(args: argparse.Namespace, rounds: int):
 def run_step(model: LLaDAModelLM, rows: tuple, rounds_per_forward: int | None, mask: int) -> torch.Tensor:
     *tokens, steps = rows
     rounds = trace_rounds(steps, steps >= 0)
-    packed = pack_rounds(*tokens, rounds, block_length=None, mask_token_id=mask, rounds_per_forward=rounds_per_forward)
+    packed = pack_rounds(
+        Rows(*tokens, Grid(None, "response")), rounds, mask_token_id=mask, rounds_per_forward=rounds_per_forward
+    )
     logits = model(
         packed.input_ids, position_ids=packed.position_ids, plan=packed.plan, score_index=packed.score_index
     ).logits[0]

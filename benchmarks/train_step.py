@@ -32,9 +32,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
 from dllm_trl._compat import use_small_logprob_tiles
-from dllm_trl.modeling.packing import pack_rounds
 from dllm_trl.modeling.sdar import SDARConfig, SDARForCausalLM
-from dllm_trl.trainers.objectives.trace import trace_rounds
+from dllm_trl.objectives.trace import trace_rounds
+from dllm_trl.scoring.layout import pack_rounds
+from dllm_trl.types import Grid, Rows
 
 
 MICRO_BATCHES = (1, 2, 8)
@@ -122,12 +123,11 @@ def build_batch(args: argparse.Namespace, model: SDARForCausalLM) -> dict:
     step_map = (torch.where(rank < steps, rank, rank % steps) + block * torch.arange(num_blocks)[:, None]).flatten(1)
     canvas = draw(responses, length)
     ones = torch.ones_like(canvas)
-    rounds = trace_rounds(
-        step_map, ones.bool(), first_len=torch.full((responses,), block - args.prompt % block), block_length=block
-    )
+    prompt_mask = torch.ones(responses, args.prompt, dtype=torch.long)
+    rounds = trace_rounds(step_map, ones.bool(), blocks=Grid(block).canvas_blocks(prompt_mask, length))
     batch = {
         "prompt_ids": draw(1, args.prompt).expand(responses, -1),
-        "prompt_mask": torch.ones(responses, args.prompt, dtype=torch.long),
+        "prompt_mask": prompt_mask,
         "completion_ids": canvas,
         "completion_mask": ones,
         "advantages": torch.randn(responses, generator=generator),
@@ -149,12 +149,14 @@ def packed(share_prompts: bool) -> Callable:
     def run(trainer: Trainer | None, batch: dict, model: SDARForCausalLM, only_score: bool = False):
         def score(model):
             layout = pack_rounds(
-                batch["prompt_ids"],
-                batch["prompt_mask"],
-                batch["completion_ids"],
-                batch["completion_mask"],
+                Rows(
+                    batch["prompt_ids"],
+                    batch["prompt_mask"],
+                    batch["completion_ids"],
+                    batch["completion_mask"],
+                    Grid(model.config.block_size),
+                ),
                 batch["rounds"],
-                block_length=model.config.block_size,
                 mask_token_id=model.config.mask_token_id,
                 share_prompts=share_prompts,
             )

@@ -51,3 +51,13 @@ def published_folder(golden_dir, tmp_path_factory):
     config |= {"rms_norm_eps": 1e-6, "torch_dtype": "float32", "transformers_version": "4.55.0"}
     (dream_reasoner / "config.json").write_text(json.dumps(config))
     return lambda name: dream_reasoner if name == "dream_reasoner" else golden_dir / name
+
+
+@pytest.fixture
+def uncompiled():
+    """transformers compiles FlexAttention, which PyTorch's CPU backend cannot do for every mask. Run it as written."""
+    import torch
+
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")

@@ -14,8 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from dllm_trl._compat import load_class
 from dllm_trl.generation import DiffusionGenerationMixin
 from dllm_trl.modeling import FAMILIES, NAMESAKES
-from dllm_trl.trainers.objectives import OBJECTIVES
-from dllm_trl.trainers.objectives.sft import SFT_OBJECTIVES
+from dllm_trl.objectives import OBJECTIVES, SFT_OBJECTIVES
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -51,7 +50,7 @@ def head_class(config_class: type[PreTrainedConfig]) -> type:
 def takes(objectives: dict, config_class: type[PreTrainedConfig]) -> list[str]:
     """Names of the objectives for the family's kind of attention."""
     kind = config_class.diffusion_attention
-    return [name for name, made in objectives.items() if kind in getattr(made, "attentions", ("block", "full"))]
+    return [name for name, made in objectives.items() if kind in made.attentions]
 
 
 def _built_on(config_class: type[PreTrainedConfig]) -> str:

@@ -18,9 +18,9 @@ from .trainers.tiny_rl import make_model, make_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"modeling": "A family", "trainers/objectives": "An objective", "generation/samplers": "A sampler"}
+ROOMS = {"modeling": "A family", "objectives": "An objective", "generation/samplers": "A sampler"}
 ROOMS |= {"rewards": "A reward"}
-SHARED = {"base", "masks", "packing", "recompute", "sft", "common", "__init__"}  # no family, objective or sampler
+SHARED = {"base", "masks", "plans", "recompute", "common", "__init__"}  # no family, objective or sampler
 
 
 def section(title: str) -> str:

@@ -1,4 +1,4 @@
-"""Imports flow one way: types <- generation <- modeling <- trainers <- cli, recipes."""
+"""Imports flow one way: types <- generation <- modeling <- scoring <- trainers, evaluation <- cli, recipes."""
 
 import ast
 import sys
@@ -16,19 +16,19 @@ ALLOWED = {
     "generation": BASE,
     "modeling": BASE | {"generation"},
     "rewards": set(),
-    "trainers/objectives": {"types"},
+    "objectives": {"types"},
+    "scoring": BASE | {"generation", "modeling"},
     "hub": BASE | {"generation", "modeling"},
-    "evaluation": BASE | {"generation", "modeling", "rewards"},
-    "trainers": BASE | {"generation", "modeling", "rewards", "hub", "trainers/objectives"},
-    "cli": BASE | {"generation", "modeling", "rewards", "hub", "evaluation", "trainers", "trainers/objectives", ""},
+    "evaluation": BASE | {"generation", "modeling", "scoring", "rewards"},
+    "trainers": BASE | {"generation", "modeling", "scoring", "objectives", "rewards", "hub"},
+    "cli": BASE | {"generation", "modeling", "scoring", "objectives", "rewards", "hub", "evaluation", "trainers", ""},
     "": {"modeling", "trainers"},  # the package itself, which registers the families and exports names
 }
 
 
 def room(module: str) -> str:
-    """`dllm_trl.trainers.objectives.trace` -> `trainers/objectives`, `dllm_trl.types` -> `types`."""
-    parts = module.split(".")[1:]
-    return "trainers/objectives" if parts[:2] == ["trainers", "objectives"] else "".join(parts[:1])
+    """`dllm_trl.objectives.trace` -> `objectives`, `dllm_trl.types` -> `types`."""
+    return "".join(module.split(".")[1:2])
 
 
 def imported(source: str, module: str, is_package: bool) -> set[str]:
@@ -53,7 +53,7 @@ def violations(source: str, module: str, is_package: bool) -> set[str]:
     own = room(module)
     names = imported(source, module, is_package)
     found = {name for name in names if name.split(".")[0] == "dllm_trl" and room(name) not in ALLOWED[own] | {own}}
-    if own == "trainers/objectives":  # tensors only
+    if own == "objectives":  # tensors only
         found |= {name for name in names if name.split(".")[0] not in {*sys.stdlib_module_names, "torch", "dllm_trl"}}
     return found
 
@@ -80,7 +80,7 @@ def test_imports_flow_downwards(path, module, is_package):
         ("dllm_trl.modeling.base", "from dllm_trl import trainers", {"dllm_trl.trainers"}),
         ("dllm_trl.modeling.base", "from dllm_trl import DiffusionGenerationConfig", {"dllm_trl"}),
         ("dllm_trl.rewards.math", "from dllm_trl.types import Round", {"dllm_trl.types"}),
-        ("dllm_trl.trainers.objectives.trace", "import torch, trl\nfrom dllm_trl.types import Round", {"trl"}),
+        ("dllm_trl.objectives.trace", "import torch, trl\nfrom dllm_trl.types import Round", {"trl"}),
         ("dllm_trl.cli", "from dllm_trl import TraceRLConfig\nfrom dllm_trl.trainers import x", set()),
     ],
 )

@@ -9,8 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dllm_trl import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
-from dllm_trl.trainers.objectives import OBJECTIVES
-from dllm_trl.trainers.objectives.sft import SFT_OBJECTIVES
+from dllm_trl.objectives import OBJECTIVES, SFT_OBJECTIVES
 
 from . import models_table
 from .trainers.tiny_rl import ON_CPU, TINY, letter_reward, make_model, make_prompts, make_tokenizer

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ..types import DiffusionRollout
+from ..types import DiffusionRollout, Grid
 from .block import BlockDecoder
 from .canvas import CanvasDecoder
 from .decoder import DecodingPlan, Row
@@ -51,5 +51,5 @@ def decode(
         step_map[i, seen], logprobs[i, seen] = row.steps[seen], row.logprobs[seen]
     tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, canvas_ids, canvas_mask, step_map, logprobs)
     forwards = torch.tensor([row.forwards for row in rows])
-    anchor = "response" if full else "prompt"
-    return DiffusionRollout(*map(torch.from_numpy, tensors), forwards, plan.block_length or width, anchor)
+    grid = Grid.of(model.config.diffusion_attention, plan.block_length or width)
+    return DiffusionRollout(*map(torch.from_numpy, tensors), forwards, grid)

@@ -114,9 +114,9 @@ def trace_dict(
         ids = rollout.canvas_ids[row][exists].tolist()
         # One block of the prompt goes in front: it holds the tokens that share the response's first block and the
         # token that decides whether the next one starts with a space.
-        context = prompt_ids[-rollout.block_length :]
+        context = prompt_ids[-rollout.grid.block_length :]
         texts = _token_texts(tokenizer, context + ids)
-        shared = len(prompt_ids) % rollout.block_length if rollout.anchor == "prompt" else 0
+        shared = rollout.grid.offset(len(prompt_ids)) if rollout.grid.anchor == "prompt" else 0
         given = texts[len(context) - shared : len(context)]
         steps = rollout.step_map[row][exists].tolist()
         texts = [text if step >= 0 else "" for text, step in zip(texts[len(context) :], steps, strict=True)]
@@ -137,7 +137,7 @@ def trace_dict(
                 "spans": _character_spans(tokenizer, ids, texts),
             }
         )
-    return {"block_length": rollout.block_length, "samples": samples}
+    return {"block_length": rollout.grid.block_length, "samples": samples}
 
 
 def trace_html(trace: dict[str, Any], title: str = "Denoising trace") -> str:

@@ -28,7 +28,7 @@ from dllm_trl._compat import load_class, register_lora_targets
 from dllm_trl.generation import DiffusionGenerationMixin
 from dllm_trl.modeling import FAMILIES, NAMESAKES
 from dllm_trl.modeling.masks import SDPA_PLAN, adapt_mask, block_causal_mask, pad_free_positions
-from dllm_trl.modeling.packing import ChunkedPlan
+from dllm_trl.modeling.plans import ChunkedPlan
 from dllm_trl.modeling.recompute import LARGE, keep_products, without_reentrant
 
 
@@ -40,7 +40,8 @@ def register_family(
     config_class: type[PreTrainedConfig], auto_model: type[PreTrainedModel], causal_lm: type[PreTrainedModel]
 ) -> None:
     """
-    Make a family known to the Auto classes.
+    Make a family known to the Auto classes: one of this package, or one of your own with a `model_type` of its own or
+    (told apart by `architectures`) that of a family here.
 
     Args:
         config_class (`type[PreTrainedConfig]`):
@@ -50,8 +51,11 @@ def register_family(
         causal_lm (`type[PreTrainedModel]`):
             Model with its head, which `AutoModelForCausalLM` gives.
     """
-    if FAMILIES[config_class.model_type].endswith(f":{config_class.__name__}"):
-        AutoConfig.register(config_class.model_type, config_class)
+    model_type, path = config_class.model_type, f"{config_class.__module__}:{config_class.__name__}"
+    if FAMILIES.get(model_type, path) == path:
+        AutoConfig.register(model_type, config_class)
+    else:
+        NAMESAKES.setdefault(model_type, {}).update({model.__name__: path for model in (auto_model, causal_lm)})
     AutoModel.register(config_class, auto_model)
     AutoModelForCausalLM.register(config_class, causal_lm)
     # A tokenizer_config.json whose `auto_map` names a class nobody knows: its tokenizer.json, instead of remote code

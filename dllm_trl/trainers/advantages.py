@@ -1,6 +1,15 @@
-"""Which responses count as wrong, which groups are dropped, and what each response is worth. Tensors only."""
+"""Which responses count as wrong, which groups are dropped, and what each response is worth."""
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+from accelerate.logging import get_logger
+
+from ..types import Rows
+
+
+logger = get_logger(__name__)
 
 
 def is_overlong(lengths: torch.Tensor, ended: torch.Tensor, limit: int, slack: int) -> torch.Tensor:
@@ -61,3 +70,110 @@ def population_z_score(rewards: torch.Tensor, num_generations: int) -> torch.Ten
     centred = grouped - grouped.nanmean(1, keepdim=True)
     deviation = centred.square().nanmean(1, keepdim=True).sqrt()
     return torch.where(deviation > 1e-8, centred / deviation, 0.0).nan_to_num(0.0).flatten().to(rewards.dtype)
+
+
+@dataclass
+class Outcome:
+    r"""
+    What a rollout has come to, before anybody says what it is worth. `N` are the rows of all processes, `B` those of
+    this one.
+
+    Args:
+        rewards (`torch.FloatTensor` of shape `(N, F)`):
+            A reward of each of `F` functions, NaN where one gave none.
+        total (`torch.FloatTensor` of shape `(N,)`):
+            Their weighted sum, NaN where none gave one.
+        advantages (`torch.FloatTensor` of shape `(N,)`):
+            What TRL makes of it (`scale_rewards`).
+        num_generations (`int`):
+            Responses per group; siblings are adjacent.
+        mine (`slice`):
+            This process's rows among the `N`.
+        rows ([`Rows`]):
+            This process's responses.
+        values (`torch.FloatTensor` of shape `(B, R)`, *optional*):
+            What a critic expected of each token.
+    """
+
+    rewards: torch.Tensor
+    total: torch.Tensor
+    advantages: torch.Tensor
+    num_generations: int
+    mine: slice
+    rows: Rows
+    values: torch.Tensor | None = None
+
+
+@dataclass
+class Advantage:
+    r"""
+    Args:
+        values (`torch.FloatTensor` of shape `(N,)` or `(B, R)`):
+            What each response, or each token of this process's responses, is worth.
+        kept (`torch.BoolTensor` of shape `(N,)`):
+            Responses that count; nothing of the others is scored.
+    """
+
+    values: torch.Tensor
+    kept: torch.Tensor
+
+
+class Estimator(Protocol):
+    """Says what the responses of a rollout are worth."""
+
+    def __call__(self, outcome: Outcome) -> Advantage: ...
+
+
+@dataclass
+class GroupEstimator:
+    """
+    A response against its siblings, as TRL computes it; with `population` as a z-score with the population standard
+    deviation. Groups outside `accuracy_range` are dropped.
+    """
+
+    population: bool = False
+    accuracy_range: tuple[float, float] | None = None
+
+    def __call__(self, outcome: Outcome) -> Advantage:
+        values, kept = outcome.advantages, torch.ones_like(outcome.advantages, dtype=torch.bool)
+        if self.population:
+            values = population_z_score(outcome.total, outcome.num_generations)
+        if self.accuracy_range is not None:
+            kept = in_accuracy_range(outcome.rewards[:, 0], outcome.num_generations, *self.accuracy_range)
+            values = torch.where(kept, values, 0.0)
+        return Advantage(values, kept)
+
+
+class SignalWatch:
+    """Says when a rollout has nothing to teach: early and again, not in every step."""
+
+    def __init__(self, names: list[str], accuracy_range):
+        self.names, self.accuracy_range, self.count = names, accuracy_range, 0
+
+    def __call__(self, rewards: torch.Tensor, advantage: Advantage) -> None:
+        if (advantage.values.abs() > 1e-8).any():
+            return
+        self.count += 1
+        if self.count not in (1, 10, 100, 1000, 10000):
+            return
+        batches = f"Rollouts of this run without any so far: {self.count}."
+        means = ", ".join(f"{name} {m:.3g}" for name, m in zip(self.names, rewards.nanmean(0).tolist(), strict=True))
+        if not advantage.kept.any():
+            logger.warning(
+                f"All groups were dropped: the accuracy of none lies in `accuracy_range={self.accuracy_range}` "
+                "(a response is accurate if the first of `reward_funcs` gives more than 0.5). This step has no "
+                f"gradient. Widen `accuracy_range`, or use problems the model solves sometimes. {batches}"
+            )
+        elif (rewards[:, 0] > 0.5).all():
+            logger.warning(
+                "All answers of this step are right (the first of `reward_funcs` gives each more than 0.5; mean "
+                f"rewards: {means}), and equal within each group, so every advantage is 0 and the policy loss teaches "
+                f"nothing. Use harder problems, or a higher `temperature`. {batches}"
+            )
+        else:
+            logger.warning(
+                "No group has any reward signal: within each group of responses to the same prompt all rewards are "
+                f"equal (mean rewards: {means}), so every advantage is 0 and the policy loss teaches nothing. Use "
+                "easier or harder problems, raise `num_generations` or `temperature`, or check that `reward_funcs` "
+                "can read the answers and that `max_completion_length` leaves room for them. " + batches
+            )

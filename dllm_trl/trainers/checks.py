@@ -134,7 +134,7 @@ def check_attention(config, args, objective) -> None:
             f"`cache={args.cache!r}` is not for `{config.model_type}`, which has {kind} attention. Leave it unset, or "
             f"choose one of: {known}."
         )
-    kinds = getattr(objective, "attentions", ("block", "full"))
+    kinds = objective.attentions
     if kind not in kinds:
         raise ValueError(
             f"`objective` is for {' and '.join(kinds)} attention, but `{config.model_type}` has {kind} attention."
@@ -293,6 +293,19 @@ def check_enough_prompts(dataset, args) -> None:
             "no step would be taken. Add prompts, or lower `generation_batch_size`, `steps_per_generation` or "
             "`per_device_train_batch_size`."
         )
+
+
+def check_context(trainer) -> None:
+    """Raises if `max_completion_length`, or a prompt with it, does not fit into the model's context."""
+    limit = trainer.model.config.max_position_embeddings - trainer.max_completion_length
+    if limit < 1:
+        raise ValueError(
+            f"`max_completion_length={trainer.max_completion_length}` fills the model's context of "
+            f"{trainer.model.config.max_position_embeddings} tokens. Lower it."
+        )
+    for name in ("train_dataset", "eval_dataset"):
+        if getattr(trainer, name) is not None:
+            check_prompts(name, getattr(trainer, name), lambda prompts: trainer._tokenize_prompts(prompts)[0], limit)
 
 
 class _Naming:

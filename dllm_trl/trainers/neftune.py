@@ -7,7 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..modeling.packing import ChunkedPlan, PackedRounds
+from ..modeling.plans import ChunkedPlan
+from ..scoring.layout import PackedRounds
+from ..types import Rows
 
 
 def _rows(packed: PackedRounds) -> torch.Tensor:
@@ -22,9 +24,7 @@ def _rows(packed: PackedRounds) -> torch.Tensor:
     return row_of[group].to(packed.input_ids.device)
 
 
-def draw_noise(
-    packed: PackedRounds, rows: dict[str, torch.Tensor], alpha: float, hidden_size: int, *seeds: int
-) -> torch.Tensor:
+def draw_noise(packed: PackedRounds, rows: Rows, alpha: float, hidden_size: int, *seeds: int) -> torch.Tensor:
     r"""
     Uniform noise of size `alpha / sqrt(length * hidden_size)`, where the length is the sequence's own. All copies of a
     token have the same; it is a function of the seeds and of what the row holds, whatever else is in the batch.
@@ -32,8 +32,8 @@ def draw_noise(
     Args:
         packed ([`PackedRounds`]):
             The rows, packed with `share_prompts=False`.
-        rows (`dict[str, torch.Tensor]`):
-            `prompt_ids`, `prompt_mask` `(B, P)`, `canvas_ids`, `canvas_mask` `(B, R)`.
+        rows ([`Rows`]):
+            Prompts and canvases.
         alpha (`float`):
             `neftune_noise_alpha`.
         hidden_size (`int`):
@@ -45,8 +45,8 @@ def draw_noise(
         `torch.FloatTensor` of shape `(1, N, H)`: To be added to the embeddings.
     """
     device = packed.input_ids.device
-    ids = torch.cat([rows["prompt_ids"], rows["canvas_ids"]], dim=1).cpu()
-    real = torch.cat([rows["prompt_mask"], rows["canvas_mask"]], dim=1).bool().cpu()
+    ids = torch.cat([rows.prompt_ids, rows.canvas_ids], dim=1).cpu()
+    real = torch.cat([rows.prompt_mask, rows.canvas_mask], dim=1).bool().cpu()
     noise = torch.zeros(len(ids), ids.size(1), hidden_size, device=device)
     for out, row, exists in zip(noise, ids, real, strict=True):
         tokens = row[exists]

@@ -1,5 +1,14 @@
 """What the trainer scores is what the rollout saw: how far apart their log-probabilities may be."""
 
+import torch
+from accelerate.logging import get_logger
+from torch import nn
+
+from ..generation.processors import is_filtered
+
+
+logger = get_logger(__name__)
+
 # Largest difference that is rounding: of any token in float32, on average in half precision.
 FULL_PRECISION, HALF_PRECISION = 1e-3, 0.05
 
@@ -32,3 +41,53 @@ def judge_difference(mean: float, maximum: float, full_precision: bool) -> str |
             "`on_policy_check='off'` to skip this check."
         )
     return None
+
+
+class OnPolicyCheck:
+    """
+    Compares the log-probabilities that a rollout recorded with those the trainer computes from the same weights.
+
+    `recorded` says whether the two are of the same kind at all: the objective replays the rollout, and sampling had
+    no filters and no guidance. `comparable` says whether they must be equal: a rollout with an approximate cache saw
+    other numbers, whose difference is logged, and that is all.
+    """
+
+    def __init__(self, trainer):
+        config = trainer.generation_config
+        replays = trainer.objective.replays_rollout
+        self.recorded = replays and config.do_sample and not (is_filtered(config) or config.cfg_scale)
+        self.comparable = self.recorded and config.cache in (None, "none", "exact") and trainer.rollouts.exact
+        self.mode = trainer.args.on_policy_check
+        self.drops_out = any(
+            (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0.0)
+            for module in trainer.model.modules()
+        )
+        self.full_precision = (
+            all(p.dtype == torch.float32 for p in trainer.model.parameters())
+            and trainer.accelerator.mixed_precision == "no"
+            and torch.get_float32_matmul_precision() == "highest"
+        )
+        if trainer.args.use_rollout_logprobs and not self.comparable:
+            raise ValueError(
+                "`use_rollout_logprobs=True` needs an objective that replays the rollout (`shrink=1`) and sampling "
+                "without `top_k`, `top_p`, `min_p`, `repetition_penalty` (or what else `generation_kwargs` has of the "
+                "kind), `cfg_scale` and approximate `cache`: the trainer computes other numbers otherwise."
+            )
+
+    def __call__(self, trainer, logps: torch.Tensor, recorded: torch.Tensor, trained: torch.Tensor) -> None:
+        """Judges `logps` against `recorded`, both `(B, R)`, at the tokens of `trained`."""
+        if self.mode == "off" or (trainer.model.training and self.drops_out):
+            return
+        difference = ((logps.detach() - recorded).abs() * trained).float()
+        sums = torch.stack([difference.sum(), trained.sum().float()])
+        total, count = trainer.accelerator.reduce(sums, reduction="sum").tolist()
+        mean, maximum = total / max(count, 1), trainer.accelerator.gather(difference.max()).max().item()
+        trainer._note("sampling/sampling_logp_difference/mean", mean, count)
+        trainer._note("sampling/sampling_logp_difference/max", maximum)
+        if not self.comparable:
+            return
+        warning = judge_difference(mean, maximum, self.full_precision)
+        if warning and self.mode == "error":
+            raise RuntimeError(warning)
+        if warning:
+            logger.warning(warning)

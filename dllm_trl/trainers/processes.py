@@ -1,11 +1,31 @@
-"""The end of a run in several processes."""
+"""What several processes of a run do together, and its end."""
 
 import atexit
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Decodes without dropout. TRL tells training from evaluation by `model.training`, so that is put back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def most_of(accelerator: Accelerator) -> Callable[[int], int] | None:
+    """The largest of a number over all processes; `None` where there is one process."""
+    if accelerator.num_processes == 1:
+        return None
+    return lambda number: int(accelerator.gather(torch.tensor(number, device=accelerator.device)).max())
 
 
 def end_processes(accelerator: Accelerator) -> None:

@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+
+logger = get_logger(__name__)
 
 
 class PublishedCheckpointMixin:
@@ -33,3 +37,13 @@ class PublishedCheckpointMixin:
             raise ValueError(f"The checkpoint `{folder}` lacks weights of the model: {sorted(info['missing_keys'])}.")
         model.load_state_dict(saved.state_dict())
         return True
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.grid.attention == "block" and self.grid.block_length != self.model.config.block_size:
+            length = self.grid.block_length
+            logger.warning_once(
+                f"The model was trained with `block_length={length}`, but its config keeps "
+                f"`block_size={self.model.config.block_size}`. Decode with `block_length={length}`, or set "
+                "`model.config.block_size` before saving."
+            )
+        super().save_model(output_dir, _internal_call=_internal_call)

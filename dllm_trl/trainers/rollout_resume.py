@@ -85,7 +85,7 @@ class RolloutResumeMixin(ExactResumeMixin):
 
     def train(self, *args, **kwargs):
         # What an earlier call left in the buffer is not this run's
-        self._step, self._buffered_inputs, self._policy_step = 0, None, None
+        self._step, self._buffered_inputs = 0, None
         return super().train(*args, **kwargs)
 
     def _required_files(self) -> list[tuple[str, ...]]:
@@ -119,7 +119,6 @@ class RolloutResumeMixin(ExactResumeMixin):
         state = {"step": self._step, "settings": self._rollout_settings()}
         if self._in_buffer:
             state |= {
-                "policy_step": self._policy_step,
                 "buffered_inputs": self._buffered_inputs,
                 "prompts": self._buffer_prompts,
             }
@@ -150,7 +149,7 @@ class RolloutResumeMixin(ExactResumeMixin):
                 f"batch is decoded again: {'; '.join(changes)}."
             )
             return
-        self._step, self._policy_step = state["step"], state["policy_step"]
+        self._step = state["step"]
         self._buffered_inputs, self._buffer_prompts = state["buffered_inputs"], state["prompts"]
 
     def _rollout_settings(self) -> dict[str, str]:
@@ -164,7 +163,7 @@ class RolloutResumeMixin(ExactResumeMixin):
         }
         settings |= {
             "num_processes": self.accelerator.num_processes,
-            "grid": self._grid,
+            "grid": self.grid,
             "objective": self.objective,
             "reward_funcs": self.reward_func_names,
             "reward_weights": self.reward_weights.tolist(),

@@ -5,8 +5,8 @@ from typing import Any
 from trl import SFTConfig
 
 from ..generation.configuration import reject_renamed
+from ..objectives.random_mask import WEIGHTINGS
 from .counts import check_counts
-from .objectives.random_mask import WEIGHTINGS
 
 
 @dataclass
@@ -19,7 +19,7 @@ class DiffusionSFTConfig(SFTConfig):
 
     Parameters:
         objective (`str` or [`SFTObjective`], *optional*):
-            What is masked and scored: a name from `dllm_trl.trainers.objectives.sft.SFT_OBJECTIVES`, or a callable.
+            What is masked and scored: a name from `dllm_trl.objectives.sft.SFT_OBJECTIVES`, or a callable.
             `None` takes the family's default: `"block"` for block attention, `"random_mask"` for full attention.
         block_length (`int`, *optional*):
             Block attention: tokens denoised together; `None` takes the model's `config.block_size`. Full attention:

@@ -1,9 +1,8 @@
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -25,8 +24,10 @@ from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
 from ..generation.checks import naming_template
-from ..modeling.packing import PackedRounds, pack_causal
-from ..types import Round
+from ..objectives import DEFAULT_SFT_OBJECTIVES, make_sft_objective
+from ..scoring import Scorer, Scores
+from ..scoring.layout import PackedRounds
+from ..types import Grid, Round, Rows
 from .chat_template import mark_assistant
 from .checks import (
     check_eos,
@@ -38,23 +39,15 @@ from .checks import (
     fill_task_type,
     find_mask_token,
 )
+from .documents import longest_document, unpack_rows
+from .draws import CountedDraws, PooledDraws, RowDraws, draw_levels, make_generator
 from .exact_resume import ExactResumeMixin
 from .metrics import RatioMetricsMixin, new_notes
 from .model_card import DiffusionModelCardMixin
 from .neftune import draw_noise
-from .objectives.sft import (
-    DEFAULT_OBJECTIVES,
-    longest_document,
-    make_sft_objective,
-    num_levels,
-    num_loss_items,
-    sft_loss,
-    stratify,
-    unpack_rows,
-)
 from .papers import PAPERS
+from .processes import most_of
 from .published_checkpoints import PublishedCheckpointMixin
-from .round_packing import pack_batch
 from .sft_config import DiffusionSFTConfig
 from .sft_data import (
     SampleLengthsCollator,
@@ -64,6 +57,7 @@ from .sft_data import (
     check_tokens,
     prepare_step_maps,
 )
+from .sft_loss import loss_weights, num_loss_items, sft_loss
 from .unread_options import UNREAD, check_unread
 
 
@@ -185,11 +179,10 @@ class DiffusionSFTTrainer(
             shrink=args.shrink,
             block_length=args.block_length,
         )
-        self.loss_norm = args.loss_norm or getattr(self.objective, "loss_norm", "token")
-        name = args.objective or DEFAULT_OBJECTIVES[config.diffusion_attention]
+        self.loss_norm = args.loss_norm or self.objective.loss_norm
+        name = args.objective or DEFAULT_SFT_OBJECTIVES[config.diffusion_attention]
         self._paper = PAPERS.get(name, {}) if isinstance(name, str) else {}
-        self._step_map = getattr(self.objective, "step_map", None)
-        if self._step_map == "required":
+        if self.objective.step_map == "required":
             check_step_maps("train_dataset", train_dataset, args.objective)
             check_step_maps("eval_dataset", eval_dataset, args.objective)
 
@@ -231,8 +224,8 @@ class DiffusionSFTTrainer(
                 "packs whole sequences. Use DDP, FSDP or DeepSpeed ZeRO."
             )
 
-        if self._step_map is not None:
-            self.data_collator = StepMapCollator(self.data_collator, self._step_map == "required")
+        if self.objective.step_map != "unused":
+            self.data_collator = StepMapCollator(self.data_collator, self.objective.step_map == "required")
         if self.padding_free:
             self.data_collator = SampleLengthsCollator(self.data_collator)
         self._notes = new_notes()
@@ -241,11 +234,20 @@ class DiffusionSFTTrainer(
         config.use_cache = use_cache  # `Trainer` switches it off, and the checkpoints would say so
         check_tokens("train_dataset", self.train_dataset, config.vocab_size)
         check_tokens("eval_dataset", self.eval_dataset, config.vocab_size)
-        full = config.diffusion_attention == "full"
         self.block_length = args.block_length or config.block_size
-        self._grid = None if full else self.block_length
+        # Full attention: what it trains on has no blocks
+        blocks = config.diffusion_attention == "block"
+        self.grid = Grid.of(config.diffusion_attention, self.block_length if blocks else None)
         self.mask_token_id = find_mask_token(config, self._tokenizer)
-        self._fill_token_id = self._find_fill(full)
+        self.scorer = Scorer(
+            self.mask_token_id,
+            config.logit_shift,
+            args.rounds_per_forward,
+            head="fused",
+            share_prompts=args.neftune_noise_alpha is None,  # each row has noise of its own
+            most=most_of(self.accelerator),
+        )
+        self._fill_token_id = self._find_fill()
         # A chat template may end turns with another token than the tokenizer's EOS: decoding stops at all of these.
         stops = self.model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
@@ -259,15 +261,15 @@ class DiffusionSFTTrainer(
                     f"`{name}={limit}`."
                 )
 
-    def _find_fill(self, full: bool) -> int | None:
+    def _find_fill(self) -> int | None:
         """The token that fills up sequences that end, `None` if nothing does."""
-        fills = getattr(self.objective, "fills", True)
+        fills = self.objective.fills
         if self.args.eos_fill and not fills:
             raise ValueError(
                 f"`eos_fill=True` does not go with `objective={self.args.objective!r}`, which trains no padding. Set "
                 "`eos_fill=None`."
             )
-        if self.args.eos_fill_length is not None and not full:
+        if self.args.eos_fill_length is not None and self.grid.attention == "block":
             raise ValueError(
                 "`eos_fill_length` is for models with full attention: with block attention sequences are filled to "
                 "the end of their last block. Set it to `None`."
@@ -286,26 +288,26 @@ class DiffusionSFTTrainer(
     @naming_template("processing_class")
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         prepare = super()._prepare_dataset
-        if self._step_map is None or "step_map" not in get_dataset_column_names(dataset):
+        if self.objective.step_map == "unused" or "step_map" not in get_dataset_column_names(dataset):
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         return prepare_step_maps(prepare, dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if self._step_map is not None and "step_map" not in self._signature_columns:
+        if self.objective.step_map != "unused" and "step_map" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "step_map"]
 
     # ---------------------------------------------------------------------------------------------------- corruption
 
-    def _rows(self, inputs: dict[str, torch.Tensor], fill_to: int | None = None) -> dict[str, torch.Tensor]:
+    def _rows(self, inputs: dict[str, torch.Tensor], fill_to: int | None = None) -> tuple[Rows, torch.Tensor]:
         fill_to = fill_to or self.args.eos_fill_length
-        fills = self._grid is not None or fill_to is not None
+        fills = self.grid.attention == "block" or fill_to is not None
         return unpack_rows(
             inputs["input_ids"],
             inputs["labels"],
             inputs.get("attention_mask"),
             inputs.get("position_ids"),
-            block_length=self._grid or 1,
+            grid=self.grid,
             fill_token_id=self._fill_token_id if fills else None,
             fill_to=fill_to if self._fill_token_id is not None else None,
             eos_token_ids=self._eos_token_ids,
@@ -328,58 +330,45 @@ class DiffusionSFTTrainer(
 
     def _longest(self, batches: list[dict[str, torch.Tensor]], device: torch.device) -> int | None:
         """Full attention: tokens of the longest document of the whole step, to which the others are filled up."""
-        if self._grid is not None or self._fill_token_id is None or self.args.eos_fill_length is not None:
+        if self.grid.attention == "block" or self._fill_token_id is None or self.args.eos_fill_length is not None:
             return None
         lengths = [longest_document(b["input_ids"], b.get("attention_mask"), b.get("position_ids")) for b in batches]
         return int(self.accelerator.gather(torch.stack(lengths).max().to(device)).max())
 
-    def _levels(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
-        uniform = torch.rand(count, generator=generator)
-        return stratify(uniform, torch.randperm(count, generator=generator)) if self.args.antithetic else uniform
-
-    def _corrupt(self, rows: dict[str, torch.Tensor], levels: torch.Tensor, uniform: torch.Tensor) -> list[Round]:
-        device = rows["canvas_ids"].device
-        batch = {**rows, "levels": levels.to(device), "uniform": uniform.to(device)}
-        return self.objective(batch, self._grid)
-
-    def _corrupt_by_content(self, rows: dict[str, torch.Tensor]) -> list[Round]:
+    def _draws_by_content(self, rows: Rows) -> RowDraws:
         """Each row draws from a generator of its own, seeded by what the row holds."""
-        levels, uniform = [], []
-        counts = zip(
-            num_levels(self.objective, rows, self._grid).tolist(), rows["scored"].sum(1).tolist(), strict=True
-        )
-        for (num, trained), ids, exists in zip(counts, rows["canvas_ids"], rows["canvas_mask"], strict=True):
-            generator = _generator(self.args.seed, zlib.crc32(ids[exists.bool()].cpu().numpy().tobytes()))
-            levels.append(self._levels(num, generator))
-            uniform.append(torch.rand(trained, generator=generator))
-        return self._corrupt(rows, torch.cat(levels), torch.cat(uniform))
+        contents = [ids[exists.bool()].cpu().numpy() for ids, exists in zip(rows.canvas_ids, rows.canvas_mask)]
+        seeds = [zlib.crc32(ids.tobytes()) for ids in contents]
+        return RowDraws([make_generator(self.args.seed, seed) for seed in seeds], self.args.antithetic)
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, num_items
         longest = self._longest(batches, device)
-        all_rows = [self._rows(batch, longest) for batch in batches]
-        needs = [
-            (
-                num_levels(self.objective, rows, self._grid).sum(),
-                rows["scored"].sum(),
-                num_loss_items(rows["scored"].sum(1), self.loss_norm),
+        corruptions = [self._rows(batch, longest) for batch in batches]
+        needs = []
+        for rows, _ in corruptions:
+            counted = CountedDraws()
+            self.objective.draw(rows, counted)
+            needs.append(
+                [counted.num_levels, counted.num_uniform, num_loss_items(rows.trained.sum(1), self.loss_norm)]
             )
-            for rows in all_rows
-        ]
         needs = torch.tensor(needs, device=device)  # (accumulation steps, 3)
         # In the order in which one process would have met the batches: by accumulation step, then by process.
         needs = self.accelerator.gather(needs[None]).transpose(0, 1).reshape(-1, 3).cpu()
         totals, ends = needs.sum(0).tolist(), needs.cumsum(0)
 
-        generator = _generator(self.args.seed, self.state.global_step)
-        levels, uniform = self._levels(totals[0], generator), torch.rand(totals[1], generator=generator)
-        for step, rows in enumerate(all_rows):
+        generator = make_generator(self.args.seed, self.state.global_step)
+        levels = draw_levels(totals[0], generator, self.args.antithetic)
+        uniform = torch.rand(totals[1], generator=generator)
+        for step, (rows, source) in enumerate(corruptions):
             place = step * self.accelerator.num_processes + self.accelerator.process_index
-            (level_end, token_end, _), (num, trained, _) = ends[place].tolist(), needs[place].tolist()
-            rounds = self._corrupt(rows, levels[level_end - num : level_end], uniform[token_end - trained : token_end])
-            batches[step]["corruption"] = (rows, rounds)
+            (level_end, uniform_end, _), (num_levels, num_uniform, _) = ends[place].tolist(), needs[place].tolist()
+            pool = PooledDraws(
+                levels[level_end - num_levels : level_end], uniform[uniform_end - num_uniform : uniform_end]
+            )
+            batches[step]["rows"] = replace(rows, draws=self.objective.draw(rows, pool)), source
         if not self.args.average_tokens_across_devices:
             own = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
             totals = needs[own].sum(0).tolist()
@@ -387,68 +376,60 @@ class DiffusionSFTTrainer(
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
-    def _pack(self, rows: dict[str, torch.Tensor], rounds: list[Round]) -> PackedRounds:
-        if not getattr(self.objective, "causal", False):
-            return pack_batch(self, rows, rounds)
-        canvas = [rows[name] for name in ("prompt_ids", "prompt_mask", "canvas_ids", "canvas_mask")]
-        return pack_causal(*canvas, rounds[0].scored)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if "corruption" in inputs:
-            rows, rounds = inputs["corruption"]
+        if "rows" in inputs:
+            rows, source = inputs["rows"]
         else:
-            rows = self._rows(self._without_repeats(inputs))
-            rounds = self._corrupt_by_content(rows)
-        packed = self._pack(rows, rounds)
-        model_inputs = {
-            "input_ids": packed.input_ids,
-            "position_ids": packed.position_ids,
-            "plan": packed.plan,
-            "score_index": packed.score_index,
-            "use_cache": False,
-        }
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        if model.training and self.args.neftune_noise_alpha is not None:
-            alpha, hidden_size = self.args.neftune_noise_alpha, self.model.config.hidden_size
-            model_inputs["embedding_noise"] = draw_noise(
-                packed, rows, alpha, hidden_size, self.args.seed, self.state.global_step
-            )
-        outputs = model(**model_inputs, shift_labels=packed.labels[None], fused_lm_head=True)
+            rows, source = self._rows(self._without_repeats(inputs))
+            rows = replace(rows, draws=self.objective.draw(rows, self._draws_by_content(rows)))
+        rounds = self.objective.rounds(rows)
+        scores = self.scorer(
+            model, rows, rounds, self.objective.causal, aux_loss=self.aux_loss_enabled, noise=self._noise(model)
+        )
 
-        nll = -outputs.log_probs[0]
+        nll = -scores.logps
         if self.args.loss_type == "dft":
-            nll = nll * outputs.log_probs[0].exp().detach()
-        weights = [torch.ones_like(r.scored, dtype=nll.dtype) if r.weight is None else r.weight for r in rounds]
-        weight = torch.stack(weights)[packed.index].to(nll.device) if rounds else torch.ones_like(nll)
-        num_trained = rows["scored"].sum(1)
-        loss = sft_loss(nll, weight, packed.index[1], num_trained, self.loss_norm, num_items_in_batch)
-        self._record(inputs, outputs, loss.detach(), num_loss_items(num_trained, self.loss_norm))
+            nll = nll * scores.logps.exp().detach()
+        num_trained = rows.trained.sum(1)
+        weight = loss_weights(rounds, scores.index, nll)
+        loss = sft_loss(nll, weight, scores.index[1], num_trained, self.loss_norm, num_items_in_batch)
+        self._record(inputs, scores, loss.detach(), num_loss_items(num_trained, self.loss_norm))
         # As in TRL: the normaliser counts all processes, over which DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            loss = loss + self.router_aux_loss_coef * scores.aux_loss / steps
+        return (loss, self._outputs(model, inputs, rows, rounds, source)) if return_outputs else loss
 
-        if not return_outputs:
-            return loss
-        with torch.no_grad():
-            logits = model(**model_inputs).logits[0]
-        source = rows["source"][packed.index[1:]]
+    def _noise(self, model: nn.Module) -> Callable[[PackedRounds, Rows], torch.Tensor] | None:
+        alpha = self.args.neftune_noise_alpha
+        if alpha is None or not model.training:
+            return None
+        seeds = self.args.seed, self.state.global_step
+        return lambda packed, rows: draw_noise(packed, rows, alpha, self.model.config.hidden_size, *seeds)
+
+    @torch.no_grad()
+    def _outputs(self, model, inputs, rows: Rows, rounds: list[Round], source: torch.Tensor) -> DiffusionSFTOutput:
+        """Logits and labels where the batch holds the scored tokens."""
+        packed = self.scorer.pack(rows, rounds, self.objective.causal)
+        logits = model(**packed.model_inputs()).logits[0]
+        source = source[packed.index[1:]]
         known = source >= 0  # fill has no place in the batch
         scores = logits.new_zeros(inputs["input_ids"].numel(), logits.size(-1))
         scores[source[known]] = logits[known]
         labels = torch.full_like(inputs["input_ids"], -100).flatten()
         labels[source[known]] = packed.labels[known]
         shape = inputs["input_ids"].shape
-        return loss, DiffusionSFTOutput(logits=scores.view(*shape, -1), labels=labels.view(shape))
+        return DiffusionSFTOutput(logits=scores.view(*shape, -1), labels=labels.view(shape))
 
-    def _record(self, inputs: dict[str, torch.Tensor], outputs, loss: torch.Tensor, num_items: torch.Tensor) -> None:
+    def _record(
+        self, inputs: dict[str, torch.Tensor], scores: Scores, loss: torch.Tensor, num_items: torch.Tensor
+    ) -> None:
         """TRL's metrics, over the scored tokens. `loss` is a mean over `num_items` in evaluation."""
-        scored = outputs.label_mask.sum()
-        sums = {"entropy": (outputs.entropy.detach().sum(), scored)}
-        sums["mean_token_accuracy"] = (outputs.is_top1.sum().float(), scored)
+        scored = torch.tensor(len(scores.logps), device=loss.device)
+        sums = {"entropy": (scores.entropies.detach().sum(), scored)}
+        sums["mean_token_accuracy"] = (scores.is_top1.sum().float(), scored)
         if self._mode == "eval":
             sums["loss"] = (loss * num_items, num_items)
         else:
@@ -458,7 +439,7 @@ class DiffusionSFTTrainer(
         self._note_ratios(sums)
         self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:  # of what shares a micro-batch: there is no ratio of sums
-            aux_loss = self.accelerator.gather(outputs.aux_loss.detach())
+            aux_loss = self.accelerator.gather(scores.aux_loss.detach())
             self._metrics[self._mode]["aux_loss"].append(aux_loss.mean().item())
 
     def prediction_step(
@@ -474,8 +455,3 @@ class DiffusionSFTTrainer(
                 return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss, outputs.logits, outputs.labels
-
-
-def _generator(*seeds: int) -> torch.Generator:
-    """A generator whose numbers have nothing to do with those of neighbouring seeds."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0] >> 1))

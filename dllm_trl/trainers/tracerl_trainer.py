@@ -1,5 +1,6 @@
+from ..objectives import Objective
+from ..objectives.trace import TraceObjective
 from .diffusion_grpo_trainer import DiffusionGRPOTrainer
-from .objectives import Objective, TraceObjective
 from .papers import PAPERS
 from .tracerl_config import TraceRLConfig
 

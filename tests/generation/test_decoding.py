@@ -10,8 +10,8 @@ from dllm_trl.generation import DiffusionGenerationConfig, generate_rollouts
 from dllm_trl.generation.decoder import Decoder
 from dllm_trl.generation.samplers import SAMPLERS, TokenScores
 from dllm_trl.generation.sampling import draw, mix, uniform
-from dllm_trl.modeling.packing import pack_rounds
-from dllm_trl.types import Round
+from dllm_trl.types import Grid, Round
+from tests.scoring.packing import pack
 
 from .conftest import MASK, VOCAB, forwards, left_pad, ragged_prompts
 
@@ -327,7 +327,7 @@ def test_rollout_layout(model):
     assert rollout.completion_mask.sum(-1).tolist() == [3, 3, 6, 6]
     assert (rollout.step_map[:2, 3:] == -1).all() and (rollout.logprobs[:2, 3:] == 0).all()
     assert rollout.tokens_per_forward == 18 / rollout.num_forward_passes.sum().item()
-    assert rollout.block_length == 4 and rollout.canvas_ids.max() < VOCAB
+    assert rollout.grid == Grid.of(model.config.diffusion_attention, 4) and rollout.canvas_ids.max() < VOCAB
 
 
 def test_generate_rollouts_rejects_bad_input(model):
@@ -352,7 +352,7 @@ def test_packed_rounds_read_the_log_probs_of_the_rollout(model, block):
     rollout = generate_rollouts(model, prompts, parameters, max_new_tokens=14, num_slots=3, seed=3)
     steps = rollout.step_map
     rounds = [Round(masked=steps >= step, scored=steps == step) for step in range(int(steps.max()) + 1)]
-    packed = pack_rounds(
+    packed = pack(
         rollout.prompt_ids,
         rollout.prompt_mask,
         rollout.canvas_ids,

@@ -8,8 +8,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dllm_trl  # noqa: F401
 from dllm_trl.modeling.base import check_diffusion_model
-from dllm_trl.modeling.packing import pack_rounds
 from dllm_trl.types import Round
+from tests.scoring.packing import pack
 
 from ..conftest import PUBLISHED
 
@@ -32,7 +32,7 @@ def packed():
     answer_mask = torch.ones(2, 7, dtype=torch.long)
     early = torch.rand(2, 7, generator=generator) < 0.5
     rounds = [Round(masked=torch.ones(2, 7, dtype=torch.bool), scored=early), Round(masked=~early, scored=~early)]
-    return pack_rounds(ids[:, :9], prompt_mask, ids[:, 9:], answer_mask, rounds, block_length=4, mask_token_id=126)
+    return pack(ids[:, :9], prompt_mask, ids[:, 9:], answer_mask, rounds, block_length=4, mask_token_id=126)
 
 
 def run(model, packed, **arguments):

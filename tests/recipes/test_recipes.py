@@ -21,7 +21,7 @@ from trl import get_peft_config
 import dllm_trl
 from dllm_trl import DiffusionGenerationConfig, DiffusionSFTConfig, TraceRLConfig
 from dllm_trl.modeling import FAMILIES
-from dllm_trl.trainers.objectives.sft import SFT_OBJECTIVES
+from dllm_trl.objectives import SFT_OBJECTIVES
 
 from ..trainers.tiny_rl import make_model as make_tiny_model
 from ..trainers.tiny_rl import make_tokenizer as make_tiny_tokenizer

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dllm_trl.trainers.advantages import Advantage
 from dllm_trl.trainers.metrics import reduce_metric
 
 from .run_metrics import evaluate, make_rl, make_sft, run_all, train
@@ -177,8 +178,7 @@ def test_two_processes_log_what_one_does(tmp_path):
 def test_right_answers_are_no_fault_of_the_rewards(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     trainer = make_rl(tmp_path, overlong_slack=None)
-    trainer._rewards = torch.ones(4, 2)
-    trainer._warn_without_signal(torch.zeros(4), torch.ones(4, dtype=torch.bool))
+    trainer._watch_signal(torch.ones(4, 2), Advantage(torch.zeros(4), torch.ones(4, dtype=torch.bool)))
     assert "All answers of this step are right" in caplog.text and "No group" not in caplog.text
 
 

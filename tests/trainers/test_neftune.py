@@ -60,8 +60,8 @@ def test_copies_of_a_token_have_the_same_noise(tmp_path, family, checkpointing):
     for row in range(3):
         batch = batch_of(trainer, row)
         noise, positions = noise_of(trainer, batch)
-        rows = trainer._rows(batch)
-        length = int(rows["prompt_mask"].sum() + rows["canvas_mask"].sum())
+        rows, _ = trainer._rows(batch)
+        length = int(rows.prompt_mask.sum() + rows.canvas_mask.sum())
         assert len(positions) > length  # there are copies
         size = 5.0 / math.sqrt(length * noise.size(1))
         assert 0.95 * size < noise.abs().max() <= size * 1.0001

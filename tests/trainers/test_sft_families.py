@@ -12,11 +12,11 @@ from trl import SFTConfig, SFTTrainer
 
 from dllm_trl import DiffusionGenerationConfig, DiffusionSFTTrainer
 from dllm_trl.generation import generate_rollouts
-from dllm_trl.trainers.objectives.sft import SFT_OBJECTIVES
+from dllm_trl.objectives import SFT_OBJECTIVES, FunctionObjective
 from dllm_trl.types import Round
 
 from . import tiny_rl
-from .test_sft_trainer import EOS, MASK, PAIRS, assert_same, batch_of, make_trainer, weights
+from .test_sft_trainer import EOS, MASK, PAIRS, assert_same, batch_of, corruption, make_trainer, weights
 from .tiny_rl import TINY, make_model, make_tokenizer
 
 
@@ -31,17 +31,17 @@ def plain_loss(model, rows, round_, loss_norm, is_causal=False):
     """Row by row: a forward over [prompt | noisy canvas], the weighted sum of nll, divided by what METHODS says."""
     losses = []
     shift = 1 if is_causal else model.config.logit_shift
-    for i in range(len(rows["prompt_ids"])):
-        prompt = rows["prompt_ids"][i][rows["prompt_mask"][i] == 1]
-        columns = rows["canvas_mask"][i].nonzero().flatten()
-        clean = rows["canvas_ids"][i, columns]
+    for i in range(len(rows)):
+        prompt = rows.prompt_ids[i][rows.prompt_mask[i] == 1]
+        columns = rows.canvas_mask[i].nonzero().flatten()
+        clean = rows.canvas_ids[i, columns]
         seen = clean if is_causal else clean.masked_fill(round_.masked[i, columns], MASK)
         logits = model(torch.cat([prompt, seen])[None], is_causal=is_causal).logits[0]
         logits = logits[len(prompt) - shift : len(prompt) - shift + len(clean)]
         nll = -logits.log_softmax(-1).gather(1, clean[:, None])[:, 0]
-        weight = 1 if round_.weight is None else round_.weight[i, columns]
+        weight = 1 if round_.loss_weight is None else round_.loss_weight[i, columns]
         losses.append((nll * weight * round_.scored[i, columns]).sum())
-    trained = rows["scored"].sum(1)
+    trained = rows.trained.sum(1)
     assert trained.min() < trained.max()  # or the norms were the same
     return sum(losses) / trained.sum() if loss_norm == "token" else (torch.stack(losses) / trained).mean()
 
@@ -63,8 +63,7 @@ def plain_loss(model, rows, round_, loss_norm, is_causal=False):
 def test_loss_is_that_of_plain_forwards(tmp_path, family, options, loss_norm):
     trainer = make_trainer(tmp_path, model=make_model(family), **options)
     batch = batch_of(trainer, 0, 4, 7, 11)
-    rows = trainer._rows(batch)
-    (round_,) = trainer._corrupt_by_content(rows)
+    rows, (round_,) = corruption(trainer, batch)
     assert round_.scored.any()
     with torch.no_grad():
         expected = plain_loss(trainer.model.eval(), rows, round_, loss_norm, options.get("objective") == "ar")
@@ -75,17 +74,16 @@ def test_loss_is_that_of_plain_forwards(tmp_path, family, options, loss_norm):
 def test_a_slice_counts_with_its_mean(tmp_path, family):
     trainer = make_trainer(tmp_path, model=make_model(family), objective="semi_ar", block_length=5)
     batch = batch_of(trainer, 0, 4, 7, 11)
-    rows = trainer._rows(batch)
-    (round_,) = trainer._corrupt_by_content(rows)
+    rows, (round_,) = corruption(trainer, batch)
     alone = []
-    for i in range(4):
-        row = {name: value[i : i + 1] for name, value in rows.items()}
-        one = Round(round_.masked[i : i + 1], round_.scored[i : i + 1])
-        with torch.no_grad():
-            loss = trainer.compute_loss(trainer.model.eval(), {**batch, "corruption": (row, [one])})
-        alone.append(loss * rows["scored"][i].sum() / one.scored.sum())
     with torch.no_grad():
-        together = trainer.compute_loss(trainer.model, {**batch, "corruption": (rows, [round_])})
+        together = trainer.compute_loss(trainer.model.eval(), {**batch, "rows": (rows, None)})
+    for i in range(4):
+        one = Round(round_.masked[i : i + 1], round_.scored[i : i + 1])
+        trainer.objective = FunctionObjective(lambda rows, one=one: [one])
+        with torch.no_grad():
+            loss = trainer.compute_loss(trainer.model, {**batch, "rows": (rows[i : i + 1], None)})
+        alone.append(loss * rows.trained[i].sum() / one.scored.sum())
     torch.testing.assert_close(together, sum(alone) / 4, rtol=1e-5, atol=1e-6)
 
 
@@ -175,8 +173,8 @@ def test_accumulation_does_not_change_the_step(tmp_path, objective):
 
 @FULL
 def test_a_batch_that_masks_nothing_is_a_step_without_loss(tmp_path, family):
-    def nothing(batch, block_length):
-        return [Round(batch["scored"] & False, batch["scored"] & False)]
+    def nothing(rows):
+        return [Round(rows.trained & False, rows.trained & False)]
 
     trainer = make_trainer(tmp_path, model=make_model(family), objective=nothing, max_steps=2, weight_decay=0.0)
     before = weights(trainer)
@@ -191,32 +189,32 @@ def corrupted(trainer, *batches):
     found, _ = trainer.get_batch_samples(
         iter([batch_of(trainer, *rows) for rows in batches]), len(batches), torch.device("cpu")
     )
-    return [batch["corruption"][0] for batch in found]
+    return [batch["rows"] for batch in found]
 
 
 def lengths(rows):
-    return (rows["prompt_mask"].sum(1) + rows["canvas_mask"].sum(1)).tolist()
+    return (rows.prompt_mask.sum(1) + rows.canvas_mask.sum(1)).tolist()
 
 
 def test_sequences_are_filled_to_the_longest_of_the_step(tmp_path):
     trainer = make_trainer(tmp_path, model=make_model("llada"))
     sizes = [len(trainer.train_dataset[i]["input_ids"]) for i in (0, 1, 2, 4)]
-    first, second = corrupted(trainer, (0, 1), (2, 4))
+    (first, source), (second, _) = corrupted(trainer, (0, 1), (2, 4))
     assert lengths(first) + lengths(second) == [max(sizes)] * 4 and len(set(sizes)) > 1
-    filled = first["source"][0][first["canvas_mask"][0] == 1] == -1
+    filled = source[0][first.canvas_mask[0] == 1] == -1
     assert filled.sum() == max(sizes) - sizes[0]
-    assert (first["canvas_ids"][0][: len(filled)][filled] == EOS).all() and first["scored"][0][: len(filled)].all()
-    assert lengths(trainer._rows(batch_of(trainer, 0, 1))) == sizes[:2]  # evaluation: as it is
+    assert (first.canvas_ids[0][: len(filled)][filled] == EOS).all() and first.trained[0][: len(filled)].all()
+    assert lengths(trainer._rows(batch_of(trainer, 0, 1))[0]) == sizes[:2]  # evaluation: as it is
 
 
 def test_fill_options(tmp_path):
     trainer = make_trainer(tmp_path, model=make_model("llada"), eos_fill_length=40)
-    assert lengths(corrupted(trainer, (0, 1))[0]) == lengths(trainer._rows(batch_of(trainer, 0, 1))) == [40, 40]
+    assert lengths(corrupted(trainer, (0, 1))[0][0]) == lengths(trainer._rows(batch_of(trainer, 0, 1))[0]) == [40, 40]
     trainer = make_trainer(tmp_path, model=make_model("llada"), eos_fill=False)
     sizes = [len(trainer.train_dataset[i]["input_ids"]) for i in (0, 1)]
-    assert lengths(corrupted(trainer, (0, 1))[0]) == sizes
+    assert lengths(corrupted(trainer, (0, 1))[0][0]) == sizes
     cut = make_trainer(tmp_path, model=make_model("llada"), eos_fill_length=40, max_length=9)
-    assert lengths(cut._rows(batch_of(cut, 4))) == [9]
+    assert lengths(cut._rows(batch_of(cut, 4))[0]) == [9]
     with pytest.raises(ValueError, match="`eos_fill=True` does not go with `objective='ar'`"):
         make_trainer(tmp_path, model=make_model("llada"), objective="ar", eos_fill=True)
     with pytest.raises(ValueError, match="`eos_fill_length` is for models with full attention"):
@@ -275,10 +273,9 @@ def test_trace_is_the_rollout_itself(tmp_path, family):
 def test_trace_rounds_in_chunks_and_packed(tmp_path, family, shrink):
     options = {"objective": "trace", "shrink": shrink, "model": make_model(family)}
     trainer = make_trainer(tmp_path, step_map_data(), **options)
-    rows = trainer._rows(batch_of(trainer, *range(6)))
-    rounds = trainer._corrupt_by_content(rows)
-    assert torch.equal(sum(r.scored.int() for r in rounds).bool(), rows["scored"])
-    assert rows["scored"].sum() == sum(s >= 0 for steps in step_map_data()["step_map"] for s in steps)
+    rows, rounds = corruption(trainer, batch_of(trainer, *range(6)))
+    assert torch.equal(sum(r.scored.int() for r in rounds).bool(), rows.trained)
+    assert rows.trained.sum() == sum(s >= 0 for steps in step_map_data()["step_map"] for s in steps)
     assert len(rounds) == (4 if shrink == 1 else 2)
     with torch.no_grad():
         expected = trainer.compute_loss(trainer.model, batch_of(trainer, *range(6)))
@@ -295,9 +292,8 @@ def test_trace_rounds_in_chunks_and_packed(tmp_path, family, shrink):
 def test_slices_follow_step_maps(tmp_path):
     options = {"model": make_model("llada"), "objective": "semi_ar", "block_length": 2, "eos_fill": False}
     trainer = make_trainer(tmp_path, step_map_data(), **options)
-    rows = trainer._rows(batch_of(trainer, *range(6)))
-    (round_,) = trainer._corrupt_by_content(rows)
-    for steps, masked, exists in zip(rows["step_map"], round_.masked, rows["canvas_mask"] == 1):
+    rows, (round_,) = corruption(trainer, batch_of(trainer, *range(6)))
+    for steps, masked, exists in zip(rows.step_map, round_.masked, rows.canvas_mask == 1):
         hidden, shown = steps[masked & (steps >= 0)], steps[exists & ~masked & (steps >= 0)]
         # at most one token of the slice itself is shown
         assert (shown > hidden.min()).sum() <= 1 and len(hidden)

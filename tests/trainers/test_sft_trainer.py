@@ -1,5 +1,6 @@
 """`DiffusionSFTTrainer` on tiny models: data, loss, accumulation, evaluation, resume, refusals."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -69,8 +70,8 @@ def batch_of(trainer, *rows):
 
 def trained_texts(trainer, *rows):
     """What is trained of each row, as text."""
-    found = trainer._rows(batch_of(trainer, *rows))
-    return [trainer._tokenizer.decode(ids[s]) for ids, s in zip(found["canvas_ids"], found["scored"])]
+    found, _ = trainer._rows(batch_of(trainer, *rows))
+    return [trainer._tokenizer.decode(ids[s]) for ids, s in zip(found.canvas_ids, found.trained)]
 
 
 def weights(trainer):
@@ -103,13 +104,20 @@ def test_training_learns_and_logs(tmp_path, family):
     assert all(text in card for text in (paper, "Diffusion SFT", "dllm_trl"))
 
 
+def corruption(trainer, batch):
+    """Rows and rounds of an evaluation."""
+    rows, _ = trainer._rows(batch)
+    rows = dataclasses.replace(rows, draws=trainer.objective.draw(rows, trainer._draws_by_content(rows)))
+    return rows, trainer.objective.rounds(rows)
+
+
 def dense_loss(model, rows, round_, block_length):
     """BD3LM's loss stated plainly: per row a forward over [clean | noisy], sum of nll / p over trained tokens."""
     total = 0
-    for i in range(len(rows["prompt_ids"])):
-        prompt = rows["prompt_ids"][i][rows["prompt_mask"][i] == 1]
-        columns = rows["canvas_mask"][i].nonzero().flatten()
-        clean = torch.cat([prompt, rows["canvas_ids"][i, columns]])
+    for i in range(len(rows)):
+        prompt = rows.prompt_ids[i][rows.prompt_mask[i] == 1]
+        columns = rows.canvas_mask[i].nonzero().flatten()
+        clean = torch.cat([prompt, rows.canvas_ids[i, columns]])
         noisy = clean.clone()
         noisy[len(prompt) :][round_.masked[i, columns]] = MASK
         n = len(clean)
@@ -121,17 +129,16 @@ def dense_loss(model, rows, round_, block_length):
             position_ids=torch.arange(n).repeat(2)[None],
             attention_mask=mask[None, None],
         ).logits[0, n + len(prompt) :]
-        nll = -logits.log_softmax(-1).gather(1, rows["canvas_ids"][i, columns, None])[:, 0]
-        total += (nll * round_.weight[i, columns] * round_.scored[i, columns]).sum()
-    return total / rows["scored"].sum()
+        nll = -logits.log_softmax(-1).gather(1, rows.canvas_ids[i, columns, None])[:, 0]
+        total += (nll * round_.loss_weight[i, columns] * round_.scored[i, columns]).sum()
+    return total / rows.trained.sum()
 
 
 @pytest.mark.parametrize("block_length", [None, 3])
 def test_loss_is_block_diffusions(tmp_path, block_length):
     trainer = make_trainer(tmp_path, block_length=block_length)
     batch = batch_of(trainer, 0, 1, 2, 3)
-    rows = trainer._rows(batch)
-    (round_,) = trainer._corrupt_by_content(rows)
+    rows, (round_,) = corruption(trainer, batch)
     assert round_.scored.any()
     with torch.no_grad():
         expected = dense_loss(trainer.model, rows, round_, block_length or 4)
@@ -224,7 +231,7 @@ def test_steps_and_seeds_corrupt_differently(tmp_path):
         trainer = make_trainer(tmp_path, seed=seed)
         trainer.state.global_step = step
         batches, _ = trainer.get_batch_samples(iter([batch_of(trainer, 0, 1, 2, 3)]), 1, torch.device("cpu"))
-        return batches[0]["corruption"][1][0].masked
+        return trainer.objective.rounds(batches[0]["rows"][0])[0].masked
 
     assert torch.equal(corruption(0, 42), corruption(0, 42))
     assert not torch.equal(corruption(0, 42), corruption(1, 42))
@@ -236,9 +243,10 @@ def test_steps_and_seeds_corrupt_differently(tmp_path):
 def test_noise_options(tmp_path, noise_per, antithetic):
     trainer = make_trainer(tmp_path, noise_per=noise_per, antithetic=antithetic, per_device_train_batch_size=12)
     batches, num_items = trainer.get_batch_samples(iter([batch_of(trainer, *range(12))]), 1, torch.device("cpu"))
-    rows, (round_,) = batches[0]["corruption"]
-    assert num_items == rows["scored"].sum()
-    levels = [set(weight[scored].tolist()) for weight, scored in zip(round_.weight, rows["scored"])]
+    rows, _ = batches[0]["rows"]
+    (round_,) = trainer.objective.rounds(rows)
+    assert num_items == rows.trained.sum()
+    levels = [set(weight[scored].tolist()) for weight, scored in zip(round_.loss_weight, rows.trained)]
     assert all(len(found) == 1 for found in levels) == (noise_per == "sequence")
     if noise_per == "sequence":
         strata = sorted(int((1 / found.pop() - 1e-3) / (1 - 1e-3) * 12) for found in levels)
@@ -254,10 +262,10 @@ def test_dft_weights_by_probability(tmp_path, family):
 
 
 def test_a_function_is_an_objective(tmp_path):
-    def last_token(batch, block_length):
-        columns = torch.arange(batch["scored"].size(1))
-        last = columns == (columns * batch["scored"]).max(1).values[:, None]
-        return [Round(last & batch["scored"], last & batch["scored"])]
+    def last_token(rows):
+        columns = torch.arange(rows.trained.size(1))
+        last = columns == (columns * rows.trained).max(1).values[:, None]
+        return [Round(last & rows.trained, last & rows.trained)]
 
     trainer = make_trainer(tmp_path, objective=last_token, eos_fill=False, max_steps=1)
     _, outputs = trainer.compute_loss(trainer.model, batch_of(trainer, 0, 1, 2), return_outputs=True)
@@ -375,8 +383,8 @@ def test_padding_free_gives_the_loss_of_padded_rows(tmp_path, family):
 
 def test_wrapped_packing_trains_chunks_as_sequences(tmp_path):
     trainer = make_trainer(tmp_path, TEXTS, packing=True, packing_strategy="wrapped", max_length=16, max_steps=1)
-    rows = trainer._rows(batch_of(trainer, 0, 1))
-    assert rows["scored"].sum(1).tolist() == [15, 15] and rows["prompt_mask"].sum(1).tolist() == [1, 1]
+    rows, _ = trainer._rows(batch_of(trainer, 0, 1))
+    assert rows.trained.sum(1).tolist() == [15, 15] and rows.prompt_mask.sum(1).tolist() == [1, 1]
     trainer.train()
 
 
@@ -408,9 +416,8 @@ def test_metrics_get_real_logits(tmp_path, family):
     trainer = make_trainer(tmp_path, model=make_model(family), compute_metrics=compute_metrics, **options)
     metrics = trainer.evaluate()
     assert metrics["eval_hits"] == pytest.approx(metrics["eval_mean_token_accuracy"], abs=1e-6)
-    rows = trainer._rows(batch_of(trainer, *range(12)))
-    (round_,) = trainer._corrupt_by_content(rows)
-    loss = (seen["nll"] * round_.weight[round_.scored]).sum() / rows["scored"].sum()
+    rows, (round_,) = corruption(trainer, batch_of(trainer, *range(12)))
+    loss = (seen["nll"] * round_.loss_weight[round_.scored]).sum() / rows.trained.sum()
     assert loss.item() == pytest.approx(metrics["eval_loss"], rel=1e-4)
 
 
@@ -515,7 +522,7 @@ def test_bad_options_are_refused(tmp_path, options, message):
 
 
 def test_unknown_objective_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`objective` must be a callable or one of \['ar', 'block'.*'blocks'"):
+    with pytest.raises(ValueError, match=r"`objective` must be one of \['ar', 'block'.*'blocks'"):
         make_trainer(tmp_path, objective="blocks")
 
 

@@ -1,25 +1,25 @@
 """TraceRL of every family: what the trainer scores is what the rollout saw."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from dllm_trl.generation import generate_rollouts
+from dllm_trl.objectives.trace import TraceObjective
 from dllm_trl.trainers import diffusion_grpo_trainer as base
-from dllm_trl.trainers.objectives import TraceObjective
 
 from .test_tracerl_trainer import changed, logged, make_trainer, weights
-from .tiny_rl import FULL, TINY, make_model, make_tokenizer
+from .tiny_rl import FULL, TINY, make_model, make_tokenizer, rows_of, score
 
 
 ALL = 10**6
 
 
 def trainer_logps(trainer, rollout, scored):
-    batch = {name: getattr(rollout, name) for name in ("prompt_ids", "prompt_mask", *base._CONTEXT[:3])}
     with torch.no_grad():
-        logps, _, _ = trainer._score(batch | {"scored": scored}, trainer.model, False)
-    return logps
+        return score(trainer, dataclasses.replace(rollout.rows(), trained=scored))[0]
 
 
 def make_rollout(trainer, cache=None, **kwargs):
@@ -37,13 +37,10 @@ def make_rollout(trainer, cache=None, **kwargs):
 def remade(trainer, rollout, order=None, pad=0):
     """The same rows in another order and with more padding on the left."""
     order = torch.arange(len(rollout)) if order is None else order
-    names = ("prompt_ids", "prompt_mask", "canvas_ids", "canvas_mask", "step_map")
-    batch = {name: getattr(rollout, name)[order] for name in names}
-    for name in names[:2]:
-        batch[name] = torch.nn.functional.pad(batch[name], (pad, 0))
-    batch["scored"] = rollout.completion_mask[order].bool()
+    rows = rollout.rows()[order]
+    padded = {name: torch.nn.functional.pad(getattr(rows, name), (pad, 0)) for name in ("prompt_ids", "prompt_mask")}
     with torch.no_grad():
-        return trainer._score(batch, trainer.model, False)[0]
+        return score(trainer, dataclasses.replace(rows, **padded))[0]
 
 
 @pytest.mark.parametrize("block_length", [4, None])
@@ -74,11 +71,11 @@ def test_on_policy_ratio_is_one(tmp_path, family, shrink, monkeypatch):
     def spy(self, model, inputs):
         trained = compute(self, model, inputs)
         with torch.no_grad():
-            batch = {name: inputs[name] for name in ("prompt_ids", "prompt_mask", *base._CONTEXT)}
-            rounds, self.args.rounds_per_forward = self.args.rounds_per_forward, 3
-            logps = self._score(batch, model, False)[0]
-            self.args.rounds_per_forward = rounds
-        ratios.append(((logps - inputs["old_per_token_logps"]).exp() - 1)[inputs["scored"]].abs().max().item())
+            rows, rounds = rows_of(self, inputs), self.scorer.rounds_per_forward
+            self.scorer.rounds_per_forward = 3
+            logps = score(self, rows)[0]
+            self.scorer.rounds_per_forward = rounds
+        ratios.append(((logps - inputs["old_logps"][:, 0]).exp() - 1)[rows.trained].abs().max().item())
         return trained
 
     monkeypatch.setattr(base.DiffusionGRPOTrainer, "_compute_loss", spy)

@@ -8,8 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dllm_trl.trainers import TraceRLConfig, TraceRLTrainer
-from dllm_trl.trainers import diffusion_grpo_trainer as base
+from dllm_trl.trainers import TraceRLConfig, TraceRLTrainer, rollouts
 
 from .tiny_rl import ON_CPU, TINY, letter_reward, make_model, make_prompts, make_tokenizer
 
@@ -389,14 +388,14 @@ def test_all_groups_dropped_is_a_step_without_gradient(tmp_path, warnings_of, lo
 @pytest.fixture
 def tampered(monkeypatch):
     """Rollouts that report other log-probabilities than those they were sampled with."""
-    original = base.generate_rollouts
+    original = rollouts.generate_rollouts
 
     def tamper(*args, **kwargs):
         rollout = original(*args, **kwargs)
         rollout.logprobs = rollout.logprobs - 0.1
         return rollout
 
-    monkeypatch.setattr(base, "generate_rollouts", tamper)
+    monkeypatch.setattr(rollouts, "generate_rollouts", tamper)
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])

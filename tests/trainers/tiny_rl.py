@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dllm_trl._compat import load_class
 from dllm_trl.modeling import FAMILIES, NAMESAKES
+from dllm_trl.types import Rows
 
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=.,:?!\n"
@@ -113,3 +114,15 @@ def letter_reward(completions, **kwargs) -> list[float]:
     """Share of letters: differs between nearly all responses of a random model."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [sum(map(str.isalpha, text)) / max(len(text), 1) for text in texts]
+
+
+def rows_of(trainer, batch) -> Rows:
+    """What a batch of the RL trainer says about its responses."""
+    return Rows.from_batch(batch, trainer.grid)
+
+
+def score(trainer, rows: Rows, view: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies `(B, R)` as the RL trainer computes them."""
+    rounds = trainer.objective.rounds(rows, view)
+    scores = trainer.scorer(trainer.model, rows, rounds)
+    return trainer.objective.reduce(scores.dense("logps"), rounds), scores.mean("entropies")

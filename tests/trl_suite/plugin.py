@@ -88,10 +88,11 @@ def _decode_what_is_mocked(monkeypatch) -> None:
     """A test that mocks `generate` to choose the responses chooses those of our engine too."""
     from transformers.generation.utils import GenerationMixin
 
-    from dllm_trl.trainers import diffusion_grpo_trainer as module
+    from dllm_trl.trainers import rollouts
+    from dllm_trl.trainers.on_policy import OnPolicyCheck
     from dllm_trl.types import DiffusionRollout
 
-    engine, check = module.generate_rollouts, module.DiffusionGRPOTrainer._check_on_policy
+    engine, check = rollouts.generate_rollouts, OnPolicyCheck.__call__
 
     def generate_rollouts(model, prompts, config, **kwargs):
         rollout = engine(model, prompts, config, **kwargs)
@@ -112,15 +113,15 @@ def _decode_what_is_mocked(monkeypatch) -> None:
             step_map=steps,
             logprobs=torch.zeros(ids.shape),
             num_forward_passes=torch.full((len(ids),), ids.size(1)),
-            block_length=rollout.block_length,
+            grid=rollout.grid,
         )
 
-    def check_on_policy(trainer, *args):
+    def check_on_policy(*args):
         if not isinstance(GenerationMixin.generate, Mock):  # a mock has no log-probabilities to compare with
-            check(trainer, *args)
+            check(*args)
 
-    monkeypatch.setattr(module, "generate_rollouts", generate_rollouts)
-    monkeypatch.setattr(module.DiffusionGRPOTrainer, "_check_on_policy", check_on_policy)
+    monkeypatch.setattr(rollouts, "generate_rollouts", generate_rollouts)
+    monkeypatch.setattr(OnPolicyCheck, "__call__", check_on_policy)
 
 
 class _OutOfTime(Exception):

@@ -5,16 +5,12 @@ from typing import ClassVar
 
 import torch
 
-from ...types import Round
+from ..types import Round, Rows
+from .base import Objective
 
 
 def trace_rounds(
-    step_map: torch.Tensor,
-    scored: torch.Tensor,
-    *,
-    first_len: torch.Tensor | None = None,
-    block_length: int | None = None,
-    shrink: int = 1,
+    step_map: torch.Tensor, trained: torch.Tensor, *, blocks: torch.Tensor | None = None, shrink: int = 1
 ) -> list[Round]:
     r"""
     Replays a rollout. Round `r` masks what was still masked at the `r`-th (shrunk) step and scores what it committed.
@@ -22,28 +18,23 @@ def trace_rounds(
     Args:
         step_map (`torch.LongTensor` of shape `(B, R)`):
             Denoising step at which each token was committed, -1 where there is no token.
-        scored (`torch.BoolTensor` of shape `(B, R)`):
+        trained (`torch.BoolTensor` of shape `(B, R)`):
             Tokens that count. The others are masked and revealed with their step, but never scored.
-        first_len (`torch.LongTensor` of shape `(B,)`, *optional*):
-            Tokens of the first response block: `block_length - prompt_length % block_length`.
-        block_length (`int`, *optional*):
-            Block attention: a round serves the `r`-th step of every block at once. `None`: full attention, one round
-            per step of the whole response.
+        blocks (`torch.LongTensor` of shape `(B, R)`, *optional*):
+            Block attention: block of each token; a round serves the `r`-th step of every block at once. `None`: full
+            attention, one round per step of the whole response.
         shrink (`int`, *optional*, defaults to `1`):
             Merges every `shrink` neighbouring steps of a block (of the response) into the last of them.
 
     Returns:
-        `list[Round]`: At least one round. Together they score every token of `scored` once.
+        `list[Round]`: At least one round. Together they score every token of `trained` once.
     """
     exists = step_map >= 0
-    block = torch.zeros_like(step_map)
-    if block_length is not None:
-        columns = torch.arange(step_map.size(1), device=step_map.device)
-        block = (columns + block_length - first_len.unsqueeze(1)) // block_length
+    blocks = torch.zeros_like(step_map) if blocks is None else blocks - blocks[:, :1]
 
     # Rank of each token's step among the distinct steps of its block, by sorting (row, block, step) once.
     rows = torch.arange(step_map.size(0), device=step_map.device).unsqueeze(1)
-    unit = rows * (step_map.size(1) + 1) + block
+    unit = rows * (step_map.size(1) + 1) + blocks
     key = unit * (step_map.max() + 2) + step_map + 1
     _, order = torch.unique(torch.where(exists, key, -1), return_inverse=True)
     first = torch.full((int(unit.max()) + 1,), key.numel(), device=step_map.device)
@@ -51,7 +42,7 @@ def trace_rounds(
     turn = torch.where(exists, (order - first[unit]) // shrink, -1)
 
     num_rounds = max(int(turn.max()) + 1, 1)
-    return [Round(masked=turn >= r, scored=(turn == r) & scored.bool()) for r in range(num_rounds)]
+    return [Round(masked=turn >= r, scored=(turn == r) & trained.bool()) for r in range(num_rounds)]
 
 
 def step_map_from_history(canvases: torch.Tensor, mask_token_id: int) -> torch.Tensor:
@@ -62,10 +53,11 @@ def step_map_from_history(canvases: torch.Tensor, mask_token_id: int) -> torch.T
 
 
 @dataclass
-class TraceObjective:
-    """The rounds of TraceRL as a training objective. `shrink` as in [`trace_rounds`]."""
+class TraceObjective(Objective):
+    """The rounds of TraceRL, on rollouts or (trace SFT) on recorded responses. `shrink` as in [`trace_rounds`]."""
 
-    attentions: ClassVar[tuple[str, ...]] = ("block", "full")
+    step_map: ClassVar[str] = "required"
+    fills: ClassVar[bool] = False
 
     shrink: int = 1
 
@@ -73,8 +65,6 @@ class TraceObjective:
     def replays_rollout(self) -> bool:
         return self.shrink == 1
 
-    def __call__(self, batch: dict[str, torch.Tensor], block_length: int | None) -> list[Round]:
-        first_len = None if block_length is None else block_length - batch["prompt_mask"].sum(1) % block_length
-        return trace_rounds(
-            batch["step_map"], batch["scored"], first_len=first_len, block_length=block_length, shrink=self.shrink
-        )
+    def rounds(self, rows: Rows, view: int = 0) -> list[Round]:
+        blocks = rows.blocks if rows.grid.attention == "block" else None
+        return trace_rounds(rows.step_map, rows.trained, blocks=blocks, shrink=self.shrink)

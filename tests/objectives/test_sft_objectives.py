@@ -1,18 +1,23 @@
 """Random masking, semi-autoregressive, autoregressive and trace SFT against the published numbers."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dllm_trl.trainers.objectives.ar import AutoregressiveObjective
-from dllm_trl.trainers.objectives.block import BlockObjective
-from dllm_trl.trainers.objectives.cart import cart_weights
-from dllm_trl.trainers.objectives.random_mask import RandomMaskObjective
-from dllm_trl.trainers.objectives.semi_ar import SemiAutoregressiveObjective, slice_round, slices_of
-from dllm_trl.trainers.objectives.sft import SFT_OBJECTIVES, make_sft_objective, num_levels, sft_loss, unpack_rows
-from dllm_trl.trainers.objectives.trace_sft import TraceSFTObjective
+from dllm_trl.objectives import SFT_OBJECTIVES, make_sft_objective
+from dllm_trl.objectives.ar import AutoregressiveObjective
+from dllm_trl.objectives.block import BlockObjective
+from dllm_trl.objectives.cart import cart_weights
+from dllm_trl.objectives.random_mask import RandomMaskObjective
+from dllm_trl.objectives.semi_ar import SemiAutoregressiveObjective, slice_round, slices_of
+from dllm_trl.objectives.trace import TraceObjective
+from dllm_trl.trainers.documents import unpack_rows
+from dllm_trl.trainers.draws import CountedDraws, PooledDraws
+from dllm_trl.trainers.sft_loss import sft_loss
+from dllm_trl.types import Grid, Rows
 
 
 EOS = 9
@@ -24,26 +29,30 @@ def cases(oracles_dir, name):
     return [(SimpleNamespace(**case["inputs"]), case["expected"]) for case in found]
 
 
-def rows_of(scored, **more):
+FULL = Grid(None, "response")
+
+
+def rows_of(trained, step_map=None):
     """Rows whose first token is the prompt."""
-    scored = torch.as_tensor(scored)
-    return {
-        "prompt_ids": torch.ones(len(scored), 1, dtype=torch.long),
-        "prompt_mask": torch.ones(len(scored), 1, dtype=torch.long),
-        "canvas_ids": torch.arange(scored.numel()).view(scored.shape) + 10,
-        "canvas_mask": torch.ones_like(scored, dtype=torch.long),
-        "scored": scored,
-        **more,
-    }
+    trained = torch.as_tensor(trained)
+    prompt = torch.ones(len(trained), 1, dtype=torch.long)
+    ids = torch.arange(trained.numel()).view(trained.shape) + 10
+    return Rows(prompt, prompt, ids, torch.ones_like(ids), FULL, trained, step_map)
+
+
+def with_draws(objective, rows, levels=(), uniform=()):
+    """The rows with what the objective draws, of these numbers in the order of the rows."""
+    draws = objective.draw(rows, PooledDraws(torch.as_tensor(levels), torch.as_tensor(uniform)))
+    return dataclasses.replace(rows, draws=draws)
 
 
 def loss_of(objective, nll, masked, trained, probability, loss_norm):
     """The loss of an objective that is made to mask `masked`, with one mask probability per row."""
     level = (torch.tensor(probability) - objective.eps) / (objective.largest - objective.eps)
     uniform = torch.where(masked, 0.0, 2.0)[trained]
-    (round_,) = objective(rows_of(trained, levels=level, uniform=uniform), None)
+    (round_,) = objective.rounds(with_draws(objective, rows_of(trained), level, uniform))
     assert torch.equal(round_.scored, masked)
-    weight = torch.ones_like(nll) if round_.weight is None else round_.weight
+    weight = torch.ones_like(nll) if round_.loss_weight is None else round_.loss_weight
     rows, columns = masked.nonzero(as_tuple=True)
     return sft_loss(nll[rows, columns], weight[rows, columns], rows, trained.sum(1), loss_norm).item()
 
@@ -104,10 +113,11 @@ def test_oracle_seed_full_loss(oracles_dir):
 def test_oracle_random_masks(oracles_dir):
     for inputs, (expected, t) in cases(oracles_dir, "mask_seed_full_random"):
         uniform = torch.tensor(inputs.u_tok)
-        batch = rows_of(torch.ones(1, len(uniform)) > 0, levels=torch.tensor([inputs.u_t]), uniform=uniform)
-        (round_,) = RandomMaskObjective(eps=0.1, largest=0.9)(batch, None)
+        objective = RandomMaskObjective(eps=0.1, largest=0.9)
+        rows = with_draws(objective, rows_of(torch.ones(1, len(uniform)) > 0), [inputs.u_t], uniform)
+        (round_,) = objective.rounds(rows)
         assert round_.masked[0].tolist() == expected
-        torch.testing.assert_close(round_.weight[0], torch.full_like(uniform, 1 / t))
+        torch.testing.assert_close(round_.loss_weight[0], torch.full_like(uniform, 1 / t))
 
 
 def test_oracle_cart_weights(oracles_dir):
@@ -122,14 +132,14 @@ def test_cart_counts_the_prompt_and_not_the_padding():
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     labels = ids.masked_fill(mask == 0, -100)
     labels[0, :3], labels[1, :1] = -100, -100
-    rows = unpack_rows(ids, labels, mask)
-    batch = {**rows, "levels": torch.zeros(2), "uniform": torch.tensor([0, 1.0, 0, 0, 1.0, 0])}
-    (round_,) = RandomMaskObjective(weighting="cart", eps=0.5, largest=0.6, cart_p=0.3)(batch, None)
+    rows, _ = unpack_rows(ids, labels, mask, grid=FULL)
+    objective = RandomMaskObjective(weighting="cart", eps=0.5, largest=0.6, cart_p=0.3)
+    (round_,) = objective.rounds(with_draws(objective, rows, torch.zeros(2), [0, 1.0, 0, 0, 1.0, 0]))
     for row, hidden in ((0, [3, 5]), (1, [1, 3])):
-        size, start = int(mask[row].sum()), int(rows["prompt_mask"][row].sum())
+        size, start = int(mask[row].sum()), int(rows.prompt_mask[row].sum())
         for i in hidden:
             expected = sum(0.5 * 0.3 * 0.7 ** (abs(i - j) - 1) for j in range(size) if j not in hidden)
-            assert round_.weight[row, i - start].item() == pytest.approx(expected, rel=1e-6)
+            assert round_.loss_weight[row, i - start].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_long_cart_weights_are_those_of_the_formula():
@@ -145,13 +155,12 @@ def test_long_cart_weights_are_those_of_the_formula():
 def test_oracle_slices(oracles_dir):
     for inputs, expected in cases(oracles_dir, "semi_ar_slices"):
         pads = torch.tensor([getattr(inputs, "is_pad", [False] * inputs.length)])
-        batch = rows_of(~pads | (pads.cumsum(1) <= getattr(inputs, "post_num", 0)))
-        if hasattr(inputs, "step_map"):
-            batch["step_map"] = torch.tensor([inputs.step_map])
-        slices = slices_of(batch, inputs.block_size)
+        steps = torch.tensor([inputs.step_map]) if hasattr(inputs, "step_map") else None
+        rows = rows_of(~pads | (pads.cumsum(1) <= getattr(inputs, "post_num", 0)), steps)
+        slices = slices_of(rows, inputs.block_size)
         found = []
         for i, drawn in enumerate(inputs.bernoulli):
-            round_ = slice_round(slices, torch.tensor([[i]]), torch.tensor([drawn]), batch["scored"])
+            round_ = slice_round(slices, torch.tensor([[i]]), torch.tensor([drawn]), rows.trained)
             if round_.scored.any():
                 masked, scored = (x[0].nonzero().flatten().tolist() for x in (round_.masked, round_.scored))
                 found.append({"masked": masked, "loss": scored})
@@ -163,17 +172,18 @@ def test_a_slice_is_scored_and_what_follows_is_hidden():
     scored = torch.ones(4, 8) > 0
     scored[3, 3:] = False  # the rest of the last row is no answer
     levels = torch.tensor([0.0, 0.0, 0.5, 0.999, 0.99, 0.0, 0.9, 0.0])
-    assert objective.num_levels(rows_of(scored), None).tolist() == [2, 2, 2, 2]
+    counted = CountedDraws()
+    assert objective.draw(rows_of(scored), counted) and counted.num_levels == 8
     uniform = torch.full((int(scored.sum()),), 0.9)
     uniform[1] = 0.1
-    (round_,) = objective(rows_of(scored, levels=levels, uniform=uniform), None)
+    (round_,) = objective.rounds(with_draws(objective, rows_of(scored), levels, uniform))
     masked, found = ([x[i].nonzero().flatten().tolist() for i in range(4)] for x in (round_.masked, round_.scored))
     assert found[:2] == [[1], [3, 4, 5]] and masked[:2] == [[1, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7]]
     assert found[2] == masked[2] == [6, 7]  # none was drawn, equal numbers: all of the smallest
     assert found[3] == [0, 1, 2] and masked[3] == list(range(8))
     nll = torch.rand(4, 8)
     rows, columns = round_.scored.nonzero(as_tuple=True)
-    loss = sft_loss(nll[rows, columns], round_.weight[rows, columns], rows, scored.sum(1), "sequence")
+    loss = sft_loss(nll[rows, columns], round_.loss_weight[rows, columns], rows, scored.sum(1), "sequence")
     expected = sum(nll[i, found[i]].mean() for i in range(4)) / 4
     torch.testing.assert_close(loss, expected)
 
@@ -183,9 +193,9 @@ def test_a_slice_is_scored_and_what_follows_is_hidden():
 
 def test_autoregressive_scores_everything_once():
     scored = torch.tensor([[True, True, False], [True, False, False]])
-    (round_,) = AutoregressiveObjective()(rows_of(scored), None)
-    assert torch.equal(round_.scored, scored) and round_.weight is None
-    assert num_levels(AutoregressiveObjective(), rows_of(scored), None).tolist() == [0, 0]
+    (round_,) = AutoregressiveObjective().rounds(rows_of(scored))
+    assert torch.equal(round_.scored, scored) and round_.loss_weight is None
+    assert AutoregressiveObjective().draw(rows_of(scored), CountedDraws()) == {}
 
 
 def test_oracle_trace_rounds(oracles_dir):
@@ -193,8 +203,8 @@ def test_oracle_trace_rounds(oracles_dir):
         pads = torch.tensor([getattr(inputs, "is_pad", [False] * len(inputs.step_map))])
         limit = getattr(inputs, "post_num", None)
         scored = ~pads | (pads.cumsum(1) <= (pads.size(1) if limit is None else limit))
-        batch = rows_of(scored, step_map=torch.tensor([inputs.step_map]))
-        rounds = TraceSFTObjective(shrink=inputs.shrink)(batch, None)
+        rows = rows_of(scored, step_map=torch.tensor([inputs.step_map]))
+        rounds = TraceObjective(shrink=inputs.shrink).rounds(rows)
         found = [
             {"masked": r.masked[0].nonzero().flatten().tolist(), "loss": r.scored[0].nonzero().flatten().tolist()}
             for r in rounds
@@ -218,7 +228,7 @@ def test_objectives_say_which_attention_they_are_for():
     options = {"noise_per": "block", "eps": 0.1, "largest": 0.9, "weighting": "cart", "cart_p": 0.2, "shrink": 3}
     assert make_sft_objective(None, "block", **options) == BlockObjective("block", 0.1, 0.9)
     assert make_sft_objective(None, "full", **options) == RandomMaskObjective("cart", 0.1, 0.9, 0.2)
-    assert make_sft_objective("trace", "full", **options) == TraceSFTObjective(3)
+    assert make_sft_objective("trace", "full", **options) == TraceObjective(3)
     with pytest.raises(ValueError, match=r"`objective='block'` is for models with block.*\['ar', 'random_mask'"):
         make_sft_objective("block", "full", **options)
     with pytest.raises(ValueError, match=r"`objective='semi_ar'` is for.*full.*has block.*\['ar', 'block', 'trace'\]"):
@@ -235,17 +245,17 @@ def test_fill_to_a_length():
     mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5, [1] * 5])
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, 0] = -100
-    rows = unpack_rows(ids, labels, mask, fill_token_id=8, fill_to=7, eos_token_ids=torch.tensor([EOS]))
-    found = [ids[exists == 1].tolist() for ids, exists in zip(rows["canvas_ids"], rows["canvas_mask"])]
+    rows, _ = unpack_rows(ids, labels, mask, grid=FULL, fill_token_id=8, fill_to=7, eos_token_ids=torch.tensor([EOS]))
+    found = [ids[exists == 1].tolist() for ids, exists in zip(rows.canvas_ids, rows.canvas_mask)]
     assert found == [[21, EOS, 8, 8, 8, 8], [21, 22, 23, EOS, 8, 8], [21, 22, 23, 24]]  # the last was cut
-    assert rows["scored"].sum(1).tolist() == [6, 6, 4]
+    assert rows.trained.sum(1).tolist() == [6, 6, 4]
 
 
 def test_step_maps_become_rows():
     ids = torch.tensor([[11, 12, 13, 14, 15, 16, 17]])
     labels = torch.tensor([[-100, -100, -100, 14, 15, -100, 17]])
     steps = torch.tensor([[-1, -1, 5, 2, -1, 3, 0]])
-    rows = unpack_rows(ids, labels, torch.ones_like(ids), step_map=steps)
-    assert rows["canvas_ids"].tolist() == [[13, 14, 15, 16, 17]]  # 13 was committed, so it is no prompt
-    assert rows["step_map"].tolist() == [[5, 2, -1, 3, 0]]
-    assert rows["scored"].tolist() == [[False, True, False, False, True]]
+    rows, _ = unpack_rows(ids, labels, torch.ones_like(ids), grid=FULL, step_map=steps)
+    assert rows.canvas_ids.tolist() == [[13, 14, 15, 16, 17]]  # 13 was committed, so it is no prompt
+    assert rows.step_map.tolist() == [[5, 2, -1, 3, 0]]
+    assert rows.trained.tolist() == [[False, True, False, False, True]]

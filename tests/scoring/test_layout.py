@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_trl.modeling.packing import pack_rounds
 from dllm_trl.types import Round
+from tests.scoring.packing import pack
 from tests.trainers.tiny_rl import BLOCK, make_model
 
 
@@ -62,7 +62,7 @@ def describe(packed, block_length):
 @pytest.mark.parametrize("block_length", [1, 3, 4, 8])
 def test_visibility_against_brute_force(block_length, share_prompts):
     batch = make_batch(block_length)
-    packed = pack_rounds(*batch, block_length=block_length, mask_token_id=MASK, share_prompts=share_prompts)
+    packed = pack(*batch, block_length=block_length, mask_token_id=MASK, share_prompts=share_prompts)
     tokens = describe(packed, block_length)
     dense = packed.plan.dense()[0, 0]
     assert dense.shape == (len(tokens), len(tokens))
@@ -82,10 +82,10 @@ def test_visibility_against_brute_force(block_length, share_prompts):
 @pytest.mark.parametrize("block_length", [1, 3, 4, 8])
 @pytest.mark.parametrize("segment", [1, 6, 1000])
 def test_segments_say_what_dense_says(block_length, share_prompts, segment, monkeypatch):
-    monkeypatch.setattr("dllm_trl.modeling.packing.CLEAN_SEGMENT", segment)
-    monkeypatch.setattr("dllm_trl.modeling.packing.NOISY_SEGMENT", segment)
+    monkeypatch.setattr("dllm_trl.scoring.layout.CLEAN_SEGMENT", segment)
+    monkeypatch.setattr("dllm_trl.scoring.layout.NOISY_SEGMENT", segment)
     batch = make_batch(block_length)
-    plan = pack_rounds(*batch, block_length=block_length, mask_token_id=MASK, share_prompts=share_prompts).plan
+    plan = pack(*batch, block_length=block_length, mask_token_id=MASK, share_prompts=share_prompts).plan
     ends = torch.tensor(plan.sizes).cumsum(0).tolist()
     spans = [slice(end - size, end) for end, size in zip(ends, plan.sizes, strict=True)]
     built = torch.zeros(ends[-1], ends[-1], dtype=torch.bool)
@@ -100,7 +100,7 @@ def test_segments_say_what_dense_says(block_length, share_prompts, segment, monk
 
 def test_block_mask_says_what_dense_says():
     batch = make_batch(4)
-    plan = pack_rounds(*batch, block_length=4, mask_token_id=MASK).plan
+    plan = pack(*batch, block_length=4, mask_token_id=MASK).plan
     mask_mod = plan.block_mask("cpu").mask_mod
     length = sum(plan.sizes)
     built = mask_mod(0, 0, torch.arange(length)[:, None], torch.arange(length)[None, :])
@@ -110,7 +110,7 @@ def test_block_mask_says_what_dense_says():
 @pytest.mark.parametrize("block_length", [1, 3, 4, 8])
 def test_layout(block_length):
     prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds = make_batch(block_length)
-    packed = pack_rounds(
+    packed = pack(
         prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds, block_length=block_length, mask_token_id=MASK
     )
     tokens = describe(packed, block_length)
@@ -143,7 +143,7 @@ def test_layout(block_length):
 
 def test_scored_tokens_come_back_once():
     prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds = make_batch(4)
-    packed = pack_rounds(prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds, block_length=4, mask_token_id=MASK)
+    packed = pack(prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds, block_length=4, mask_token_id=MASK)
     assert len(packed.labels) == canvas_mask.sum()
     scored = torch.stack([r.scored for r in rounds])
     assert torch.equal(packed.scatter(torch.ones(len(packed.labels))) == 1, scored)
@@ -152,7 +152,7 @@ def test_scored_tokens_come_back_once():
 
 
 def test_scatter_is_differentiable():
-    packed = pack_rounds(*make_batch(4), block_length=4, mask_token_id=MASK)
+    packed = pack(*make_batch(4), block_length=4, mask_token_id=MASK)
     values = torch.arange(float(len(packed.labels)), requires_grad=True)
     (packed.scatter(values) ** 2).sum().backward()
     torch.testing.assert_close(values.grad, 2 * values.detach())
@@ -161,7 +161,7 @@ def test_scatter_is_differentiable():
 @pytest.mark.parametrize("block_length", [1, 3, 4, 8])
 def test_logit_shift_reads_one_token_earlier(block_length):
     batch = make_batch(block_length)
-    packed = pack_rounds(*batch, block_length=block_length, mask_token_id=MASK, logit_shift=1)
+    packed = pack(*batch, block_length=block_length, mask_token_id=MASK, logit_shift=1)
     tokens = describe(packed, block_length)
     lengths = [len(p) for p in PROMPTS]
     _, rows, columns = packed.index
@@ -179,7 +179,7 @@ def test_logit_shift_refuses_the_first_token():
     ids, mask = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long)
     everything = torch.ones(1, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="first token"):
-        pack_rounds(
+        pack(
             ids, mask, torch.ones(1, 4, dtype=torch.long), everything, [Round(everything, everything)],
             block_length=4, mask_token_id=MASK, logit_shift=1,
         )  # fmt: skip
@@ -190,7 +190,7 @@ def test_clean_blocks_after_the_last_scored_one_are_dropped():
     canvas = torch.arange(10, 30)[None]
     scored = torch.zeros(1, 20, dtype=torch.bool)
     scored[0, 4] = True  # position 9, block 2
-    packed = pack_rounds(
+    packed = pack(
         ids, mask, canvas, torch.ones_like(canvas), [Round(scored, scored)], block_length=4, mask_token_id=MASK
     )
     assert packed.position_ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
@@ -201,7 +201,7 @@ def test_rows_without_a_scored_token_are_left_out():
     prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds = make_batch(4)
     for r in rounds:
         r.scored[1] = False
-    packed = pack_rounds(prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds, block_length=4, mask_token_id=MASK)
+    packed = pack(prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds, block_length=4, mask_token_id=MASK)
     assert 1 not in packed.plan.row.tolist()
     assert not packed.scatter(torch.ones(len(packed.labels)))[:, 1].any()
 
@@ -210,9 +210,7 @@ def test_nothing_scored_still_gives_a_forward():
     prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds = make_batch(4)
     nothing = [Round(r.masked, torch.zeros_like(r.scored)) for r in rounds]
     for given in (nothing, []):
-        packed = pack_rounds(
-            prompt_ids, prompt_mask, canvas_ids, canvas_mask, given, block_length=4, mask_token_id=MASK
-        )
+        packed = pack(prompt_ids, prompt_mask, canvas_ids, canvas_mask, given, block_length=4, mask_token_id=MASK)
         assert packed.input_ids.shape == (1, 1) and len(packed.labels) == 0
         assert packed.plan.dense().all() and packed.plan.masks == [None]
         assert packed.scatter(torch.zeros(0)).shape == (len(given), *canvas_ids.shape)
@@ -221,10 +219,10 @@ def test_nothing_scored_still_gives_a_forward():
 def test_bad_input():
     prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds = make_batch(4)
     with pytest.raises(ValueError, match="`block_length` must be at least 1"):
-        pack_rounds(prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds, block_length=0, mask_token_id=MASK)
+        pack(prompt_ids, prompt_mask, canvas_ids, canvas_mask, rounds, block_length=0, mask_token_id=MASK)
     everywhere = torch.ones_like(rounds[0].scored)
     with pytest.raises(ValueError, match="`canvas_mask`"):
-        pack_rounds(
+        pack(
             prompt_ids, prompt_mask, canvas_ids, canvas_mask, [Round(everywhere, everywhere)],
             block_length=4, mask_token_id=MASK,
         )  # fmt: skip
@@ -238,7 +236,7 @@ def fully_masked(prompt, length, block_length):
     prompt_ids, prompt_mask = left_pad([prompt])
     canvas = torch.arange(50, 50 + length)[None]
     everything = torch.ones(1, length, dtype=torch.bool)
-    packed = pack_rounds(
+    packed = pack(
         prompt_ids, prompt_mask, canvas, everything, [Round(everything, everything)],
         block_length=block_length, mask_token_id=MASK,
     )  # fmt: skip
@@ -335,7 +333,7 @@ def row_per_round(model, batch, block_length):
 
 def packed_logps(model, batch, block_length, **kwargs):
     kwargs |= {"mask_token_id": MASK, "logit_shift": model.config.logit_shift}
-    packed = pack_rounds(*batch, block_length=block_length, **kwargs)
+    packed = pack(*batch, block_length=block_length, **kwargs)
     logits = model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
@@ -363,8 +361,8 @@ def assert_same_gradients(got, expected):
 @pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("block_length", [1, 3, 4, 8])
 def test_packed_equals_row_per_round(family, share_prompts, block_length, monkeypatch):
-    monkeypatch.setattr("dllm_trl.modeling.packing.CLEAN_SEGMENT", 6)
-    monkeypatch.setattr("dllm_trl.modeling.packing.NOISY_SEGMENT", 10)
+    monkeypatch.setattr("dllm_trl.scoring.layout.CLEAN_SEGMENT", 6)
+    monkeypatch.setattr("dllm_trl.scoring.layout.NOISY_SEGMENT", 10)
     model, batch = tiny_model(family), make_batch(block_length)
     weight = torch.randn(batch[2].shape, generator=torch.Generator().manual_seed(1))
     expected = row_per_round(model, batch, block_length)
@@ -424,9 +422,7 @@ def test_matrix_in_the_docs():
     canvas = torch.tensor([[3, 4, 5, 6, 7]])
     step = torch.tensor([[0, 0, 1, 0, 0]])
     rounds = [Round(masked=step >= r, scored=step == r) for r in range(2)]
-    packed = pack_rounds(
-        prompt_ids, prompt_mask, canvas, torch.ones_like(canvas), rounds, block_length=2, mask_token_id=MASK
-    )
+    packed = pack(prompt_ids, prompt_mask, canvas, torch.ones_like(canvas), rounds, block_length=2, mask_token_id=MASK)
     tokens = zip(packed.input_ids[0].tolist(), packed.position_ids[0].tolist(), strict=True)
     assert names == [f"*{position}" if token == MASK else str(token) for token, position in tokens]
     drawn = [line.split()[: len(names) + 1] for line in lines[1:]]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_trl.trainers.objectives import OBJECTIVES, TraceObjective, make_objective
-from dllm_trl.trainers.objectives.trace import step_map_from_history, trace_rounds
+from dllm_trl.objectives import OBJECTIVES, make_objective
+from dllm_trl.objectives.trace import TraceObjective, step_map_from_history, trace_rounds
+from dllm_trl.types import Grid, Round
 
 
-ORACLES = Path(os.environ.get("DLLM_TRL_ORACLES", Path(__file__).parents[2] / "fixtures" / "oracles"))
+ORACLES = Path(os.environ.get("DLLM_TRL_ORACLES", Path(__file__).parents[1] / "fixtures" / "oracles"))
 
 
 def cases(name):
@@ -22,13 +23,21 @@ def columns(mask):
     return mask.nonzero().flatten().tolist()
 
 
+def blocks_of(step_map, block_length, first_len):
+    """Blocks of responses whose first one has `first_len` tokens."""
+    if block_length is None:
+        return None
+    prompt_mask = torch.arange(block_length).expand(len(step_map), -1) < block_length - first_len[:, None]
+    return Grid(block_length).canvas_blocks(prompt_mask.long(), step_map.size(1))
+
+
 def rounds_of(inputs, block_length=None, first_len=None):
     step_map = torch.tensor([inputs["step_map"]])
     pads = torch.tensor([inputs.get("is_pad", [False] * step_map.size(1))])
     limit = inputs.get("post_num")
     scored = ~pads | (pads.cumsum(1) <= (step_map.size(1) if limit is None else limit))
     return trace_rounds(
-        step_map, scored, first_len=first_len, block_length=block_length, shrink=inputs.get("shrink", 1)
+        step_map, scored, blocks=blocks_of(step_map, block_length, first_len), shrink=inputs.get("shrink", 1)
     )
 
 
@@ -97,7 +106,8 @@ def test_every_token_is_scored_once_in_a_batch(block_length, shrink):
     steps[torch.arange(13) >= lengths[:, None]] = -1
     scored = (steps >= 0) & (torch.rand(6, 13, generator=generator) < 0.8)
     first_len = None if block_length is None else torch.randint(1, block_length + 1, (6,), generator=generator)
-    rounds = trace_rounds(steps, scored, first_len=first_len, block_length=block_length, shrink=shrink)
+    blocks = blocks_of(steps, block_length, first_len)
+    rounds = trace_rounds(steps, scored, blocks=blocks, shrink=shrink)
     assert len(rounds) <= (block_length or 12)
     assert torch.equal(sum(r.scored.int() for r in rounds), scored.int())
     for before, after in zip(rounds, rounds[1:], strict=False):
@@ -109,8 +119,7 @@ def test_every_token_is_scored_once_in_a_batch(block_length, shrink):
         own = trace_rounds(
             steps[row : row + 1],
             scored[row : row + 1],
-            first_len=None if first_len is None else first_len[row : row + 1],
-            block_length=block_length,
+            blocks=None if blocks is None else blocks[row : row + 1],
             shrink=shrink,
         )
         for i, r in enumerate(rounds):
@@ -124,12 +133,14 @@ def test_nothing_to_score_is_one_empty_round():
 
 
 def test_objectives_by_name_or_as_they_are():
-    assert make_objective("trace", shrink=3) == TraceObjective(shrink=3) == OBJECTIVES["trace"](shrink=3)
+    assert make_objective("trace", OBJECTIVES, shrink=3) == TraceObjective(shrink=3) == OBJECTIVES["trace"](shrink=3)
     assert TraceObjective().replays_rollout and not TraceObjective(shrink=2).replays_rollout
 
-    def everything(batch, block_length):
-        return []
+    def everything(rows):
+        return [Round(rows.trained, rows.trained)]
 
-    assert make_objective(everything) is everything
-    with pytest.raises(ValueError, match="`objective` must be a callable or one of"):
-        make_objective("traces")
+    made = make_objective(everything, OBJECTIVES)
+    assert made.function is everything and make_objective(made, OBJECTIVES) is made
+    for wrong in ("traces", TraceObjective, 3, None):
+        with pytest.raises(ValueError, match="`objective` must be one of"):
+            make_objective(wrong, OBJECTIVES)

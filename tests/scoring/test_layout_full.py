@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from dllm_trl.modeling.packing import ChunkedPlan, pack_causal, pack_rounds
-from dllm_trl.trainers.objectives.trace import trace_rounds
-from dllm_trl.types import Round
+from dllm_trl.modeling.plans import ChunkedPlan
+from dllm_trl.objectives.trace import trace_rounds
+from dllm_trl.scoring.layout import pack_causal
+from dllm_trl.types import Grid, Round, Rows
+from tests.scoring.packing import pack
 from tests.trainers.tiny_rl import FULL, TINY, make_model
 
 
 MASK = 2
+FULL_GRID = Grid(None, "response")
 
 
 def make_batch(seed=0):
@@ -46,7 +49,7 @@ def plain(model, batch, rounds):
 
 
 def packed_logps(model, batch, rounds, **kwargs):
-    packed = pack_rounds(
+    packed = pack(
         *batch[:4], rounds, block_length=None, mask_token_id=MASK, logit_shift=model.config.logit_shift, **kwargs
     )
     return score(model, packed), packed
@@ -151,14 +154,14 @@ def test_first_token_needs_a_prompt():
     masked = torch.ones(1, 3, dtype=torch.bool)
     empty, ids = torch.zeros(1, 0, dtype=torch.long), torch.full((1, 3), 7)
     with pytest.raises(ValueError, match="give the row a prompt"):
-        pack_rounds(
+        pack(
             empty, empty, ids, torch.ones_like(ids), [Round(masked, masked)],
             block_length=None, mask_token_id=MASK, logit_shift=1,
         )  # fmt: skip
     with pytest.raises(ValueError, match="give the row a prompt"):
-        pack_causal(empty, empty, ids, torch.ones_like(ids), masked)
+        pack_causal(Rows(empty, empty, ids, torch.ones_like(ids), FULL_GRID), Round(masked, masked))
     with pytest.raises(ValueError, match="`rounds_per_forward` must be at least 1"):
-        pack_rounds(empty, empty, ids, ids, [], block_length=None, mask_token_id=MASK, rounds_per_forward=0)
+        pack(empty, empty, ids, ids, [], block_length=None, mask_token_id=MASK, rounds_per_forward=0)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -167,7 +170,10 @@ def test_causal_is_the_stock_causal_model(family):
     prompt_ids, prompt_mask, canvas_ids, canvas_mask, step_map = make_batch()
     scored = step_map >= 0
     with torch.no_grad():
-        actual = score(model, pack_causal(prompt_ids, prompt_mask, canvas_ids, canvas_mask, scored))
+        actual = score(
+            model,
+            pack_causal(Rows(prompt_ids, prompt_mask, canvas_ids, canvas_mask, FULL_GRID), Round(scored, scored)),
+        )
         expected = torch.zeros_like(actual)
         for row in range(3):
             ids = torch.cat([prompt_ids[row][prompt_mask[row].bool()], canvas_ids[row][canvas_mask[row].bool()]])

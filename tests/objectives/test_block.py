@@ -1,5 +1,6 @@
 """Block diffusion SFT: corruption, weights and loss against the published numbers."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -9,21 +10,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import dllm_trl  # noqa: F401  (registers the families)
-from dllm_trl.modeling.packing import pack_rounds
-from dllm_trl.trainers.objectives.block import BlockObjective, mask_probability
-from dllm_trl.trainers.objectives.sft import (
-    SFT_OBJECTIVES,
-    make_sft_objective,
-    num_levels,
-    num_loss_items,
-    sft_loss,
-    stratify,
-    unpack_rows,
-)
-from dllm_trl.types import Round
+from dllm_trl.objectives import SFT_OBJECTIVES, make_sft_objective
+from dllm_trl.objectives.block import BlockObjective, mask_probability
+from dllm_trl.scoring import Scorer
+from dllm_trl.trainers.documents import unpack_rows
+from dllm_trl.trainers.draws import CountedDraws, PooledDraws, draw_levels
+from dllm_trl.trainers.sft_loss import num_loss_items, sft_loss
+from dllm_trl.types import Grid, Round
 
 
 EOS = 9
+GRID, FULL = Grid(4), Grid(None, "response")
 
 
 def cases(oracles_dir, name):
@@ -46,7 +43,8 @@ def test_oracle_noise_levels(oracles_dir):
         u = torch.tensor(inputs.u, dtype=torch.float64)
         flat = u.flatten()
         # The public code gives stratum i to block i; the trainer shuffles the strata.
-        levels = stratify(flat, torch.arange(len(flat))) if getattr(inputs, "antithetic", True) else flat
+        strata = torch.arange(len(flat)) / len(flat)
+        levels = flat / len(flat) + strata if getattr(inputs, "antithetic", True) else flat
         torch.testing.assert_close(
             mask_probability(levels).view_as(u), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
         )
@@ -83,46 +81,38 @@ def golden(golden_dir):
 @pytest.fixture(scope="module")
 def golden_rows(golden):
     """The published packed batch as our rows, with the published draws in the order we take them."""
-    rows = unpack_rows(golden["input_ids"], golden["labels"], position_ids=golden["position_ids"], block_length=4)
-    uniform = torch.cat([golden["row0.u"], golden["row1.u"]]).flatten()
-    trained = rows["source"][rows["scored"]]
-    rows["uniform"] = uniform[trained]
-    t = torch.cat([golden["row0.t"], golden["row1.t"]])
+    rows, source = unpack_rows(golden["input_ids"], golden["labels"], position_ids=golden["position_ids"], grid=GRID)
+    uniform = torch.cat([golden["row0.u"], golden["row1.u"]]).flatten()[source[rows.trained]]
     # The public code draws a level for the tail of pads too, which has nothing to train.
-    rows["levels"] = t[: int(rows["scored"].any(1).sum())]
-    return rows
+    levels = torch.cat([golden["row0.t"], golden["row1.t"]])[: int(rows.trained.any(1).sum())]
+    return with_draws(BlockObjective(noise_per="sequence"), rows, levels, uniform), source
 
 
 def test_golden_corruption(golden, golden_rows):
-    objective = BlockObjective(noise_per="sequence")
-    assert objective.num_levels(golden_rows, 4).sum() == len(golden_rows["levels"])
-    (round_,) = objective(golden_rows, 4)
+    rows, source = golden_rows
+    (round_,) = BlockObjective(noise_per="sequence").rounds(rows)
     masked = torch.zeros(golden["input_ids"].numel(), dtype=torch.bool)
-    masked[golden_rows["source"][round_.masked]] = True
+    masked[source[round_.masked]] = True
     assert torch.equal(masked.view_as(golden["input_ids"]), golden["masked_indices"].bool())
     assert torch.equal(round_.masked, round_.scored)
-    order = golden_rows["source"][round_.scored].argsort()
-    torch.testing.assert_close(1 / round_.weight[round_.scored][order], golden["p_mask"])
+    order = source[round_.scored].argsort()
+    torch.testing.assert_close(1 / round_.loss_weight[round_.scored][order], golden["p_mask"])
 
 
 def test_golden_loss_and_gradients(golden, golden_rows, golden_dir):
     model = AutoModelForCausalLM.from_pretrained(golden_dir / "sdar", dtype=torch.float32)
-    (round_,) = BlockObjective(noise_per="sequence")(golden_rows, 4)
-    inputs = [golden_rows[k] for k in ("prompt_ids", "prompt_mask", "canvas_ids", "canvas_mask")]
-    packed = pack_rounds(*inputs, [round_], block_length=4, mask_token_id=126)
-    logits = model(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        plan=packed.plan,
-        score_index=packed.score_index,
-    ).logits[0]
+    rows, source = golden_rows
+    (round_,) = BlockObjective(noise_per="sequence").rounds(rows)
+    scorer = Scorer(mask_token_id=126)
+    packed = scorer.pack(rows, [round_])
+    logits = model(**packed.model_inputs()).logits[0]
     # Upstream forwards 128 tokens, [noisy | clean] of everything
     assert packed.input_ids.numel() < 80
-    order = golden_rows["source"][packed.index[1:]].argsort()
+    order = source[packed.index[1:]].argsort()
     torch.testing.assert_close(logits[order], golden["masked_logits"], atol=1e-4, rtol=0)
-    nll = torch.nn.functional.cross_entropy(logits, packed.labels, reduction="none")
+    nll = -scorer(model, rows, [round_]).logps
     torch.testing.assert_close(nll[order], golden["per_token_loss"] * golden["p_mask"], atol=1e-4, rtol=1e-4)
-    loss = sft_loss(nll, round_.weight[packed.index[1:]], packed.index[1], golden_rows["scored"].sum(1))
+    loss = sft_loss(nll, round_.loss_weight[packed.index[1:]], packed.index[1], rows.trained.sum(1))
     torch.testing.assert_close(loss, golden["loss"][0], rtol=1e-5, atol=0)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -138,14 +128,26 @@ def test_golden_loss_and_gradients(golden, golden_rows, golden_dir):
 # ----------------------------------------------------------------------------------------------------------- objective
 
 
-def draw(objective, rows, block_length, seed=0, antithetic=True):
-    generator = torch.Generator().manual_seed(seed)
-    count = int(num_levels(objective, rows, block_length).sum())
-    levels = torch.rand(count, generator=generator)
-    if antithetic:
-        levels = stratify(levels, torch.randperm(count, generator=generator))
-    uniform = torch.rand(int(rows["scored"].sum()), generator=generator)
-    return {**rows, "levels": levels, "uniform": uniform}
+def with_draws(objective, rows, levels, uniform):
+    """The rows with what the objective draws, of these numbers in the order of the rows."""
+    draws = objective.draw(rows, PooledDraws(torch.as_tensor(levels), torch.as_tensor(uniform)))
+    return dataclasses.replace(rows, draws=draws)
+
+
+def drawn(objective, rows, seed=0):
+    counted, generator = CountedDraws(), torch.Generator().manual_seed(seed)
+    objective.draw(rows, counted)
+    levels = draw_levels(counted.num_levels, generator, antithetic=True)
+    uniform = torch.rand(counted.num_uniform, generator=generator)
+    return with_draws(objective, rows, levels, uniform), levels, uniform
+
+
+def levels_per_row(objective, rows):
+    counts = []
+    for i in range(len(rows)):
+        objective.draw(rows[i : i + 1], counted := CountedDraws())
+        counts.append(counted.num_levels)
+    return counts
 
 
 def test_levels_are_per_block_or_per_sequence():
@@ -153,22 +155,22 @@ def test_levels_are_per_block_or_per_sequence():
     labels = ids.clone()
     labels[0, :6] = -100
     labels[1, :3] = -100
-    rows = unpack_rows(ids, labels, torch.ones_like(ids), block_length=4)
-    assert BlockObjective().num_levels(rows, 4).tolist() == [2, 3]
-    assert BlockObjective(noise_per="sequence").num_levels(rows, 4).tolist() == [1, 1]
-    batch = draw(BlockObjective(), rows, 4)
-    (round_,) = BlockObjective()(batch, 4)
-    p = mask_probability(batch["levels"])
+    rows, _ = unpack_rows(ids, labels, torch.ones_like(ids), grid=GRID)
+    assert levels_per_row(BlockObjective(), rows) == [2, 3]
+    assert levels_per_row(BlockObjective(noise_per="sequence"), rows) == [1, 1]
+    rows, levels, uniform = drawn(BlockObjective(), rows)
+    (round_,) = BlockObjective().rounds(rows)
+    p = mask_probability(levels)
     # Row 0 is trained from position 6 on: 2 tokens of block 1, then block 2.
     expected = torch.cat(
         [p[:2].repeat_interleave(torch.tensor([2, 4])), p[2:].repeat_interleave(torch.tensor([1, 4, 4]))]
     )
-    torch.testing.assert_close(1 / round_.weight[rows["scored"]], expected)
-    assert torch.equal(round_.masked[rows["scored"]], batch["uniform"] < expected)
+    torch.testing.assert_close(1 / round_.loss_weight[rows.trained], expected)
+    assert torch.equal(round_.masked[rows.trained], uniform < expected)
 
 
 def test_antithetic_levels_cover_the_range():
-    levels = stratify(torch.rand(64), torch.randperm(64))
+    levels = draw_levels(64, torch.Generator().manual_seed(0), antithetic=True)
     assert torch.equal((levels * 64).long().sort().values, torch.arange(64))
 
 
@@ -176,11 +178,11 @@ def test_mean_masked_share_is_the_level():
     ids = torch.randint(1, 90, (64, 65))
     labels = ids.clone()
     labels[:, 0] = -100
-    rows = unpack_rows(ids, labels, torch.ones_like(ids), block_length=8)
-    batch = draw(BlockObjective(noise_per="sequence"), rows, 8)
-    (round_,) = BlockObjective(noise_per="sequence")(batch, 8)
-    share = round_.masked.sum(1) / rows["scored"].sum(1)
-    torch.testing.assert_close(share, mask_probability(batch["levels"]), atol=0.2, rtol=0)
+    objective = BlockObjective(noise_per="sequence")
+    rows, levels, _ = drawn(objective, unpack_rows(ids, labels, torch.ones_like(ids), grid=Grid(8))[0])
+    (round_,) = objective.rounds(rows)
+    share = round_.masked.sum(1) / rows.trained.sum(1)
+    torch.testing.assert_close(share, mask_probability(levels), atol=0.2, rtol=0)
     assert abs(share.mean() - 0.5) < 0.02
 
 
@@ -189,10 +191,9 @@ def test_what_follows_an_answer_in_its_block_is_hidden():
     labels = torch.full_like(ids, -100)
     labels[0, 2:6] = ids[0, 2:6]  # an answer in blocks 0 and 1; positions 6 and 7 are the next turn's
     labels[0, 13:15] = ids[0, 13:15]
-    rows = unpack_rows(ids, labels, torch.ones_like(ids), block_length=4)
-    rows["levels"], rows["uniform"] = torch.full((3,), 0.5), torch.zeros(6)
-    (round_,) = BlockObjective()(rows, 4)
-    start = rows["prompt_mask"].sum().item()
+    rows, _ = unpack_rows(ids, labels, torch.ones_like(ids), grid=GRID)
+    (round_,) = BlockObjective().rounds(with_draws(BlockObjective(), rows, torch.full((3,), 0.5), torch.zeros(6)))
+    start = rows.prompt_mask.sum().item()
     assert (round_.scored[0].nonzero().flatten() + start).tolist() == [2, 3, 4, 5, 13, 14]
     assert (round_.masked[0].nonzero().flatten() + start).tolist() == [2, 3, 4, 5, 6, 7, 13, 14, 15]
 
@@ -200,12 +201,10 @@ def test_what_follows_an_answer_in_its_block_is_hidden():
 def test_names_and_callables():
     assert make_sft_objective("block", noise_per="sequence") == BlockObjective(noise_per="sequence")
 
-    def everything(batch, block_length):
-        return [Round(batch["scored"], batch["scored"])]
+    def everything(rows):
+        return [Round(rows.trained, rows.trained)]
 
-    assert make_sft_objective(everything, noise_per="block") is everything
-    rows = unpack_rows(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))
-    assert num_levels(everything, rows, 4).tolist() == [1, 1]
+    assert make_sft_objective(everything, noise_per="block").function is everything
     with pytest.raises(ValueError, match=r"one of \['ar', 'block'.*but is 'causal'"):
         make_sft_objective("causal")
     assert set(SFT_OBJECTIVES) >= {"block"}
@@ -217,11 +216,9 @@ def test_names_and_callables():
 def documents(rows):
     """Each row as (prompt, canvas, trained part of the canvas)."""
     found = []
-    for i in range(len(rows["prompt_ids"])):
-        exists = rows["canvas_mask"][i] == 1
-        prompt = rows["prompt_ids"][i][rows["prompt_mask"][i] == 1].tolist()
-        canvas, scored = rows["canvas_ids"][i], rows["scored"][i]
-        found.append((prompt, canvas[exists].tolist(), canvas[scored].tolist()))
+    for i in range(len(rows)):
+        prompt, canvas = rows.prompt_ids[i][rows.prompt_mask[i] == 1], rows.canvas_ids[i]
+        found.append((prompt.tolist(), canvas[rows.canvas_mask[i] == 1].tolist(), canvas[rows.trained[i]].tolist()))
     return found
 
 
@@ -231,14 +228,14 @@ def test_padded_rows():
     labels = torch.where(mask == 1, ids, -100)
     labels[0, :2] = -100
     labels[1] = -100
-    rows = unpack_rows(ids, labels, mask)
+    rows, source = unpack_rows(ids, labels, mask, grid=FULL)
     assert documents(rows) == [
         ([1, 2], [3, 4, 5], [3, 4, 5]),
         ([11, 12, 13, 14, 15, 16], [], []),
         ([21], [22, 23, 24], [22, 23, 24]),  # the first token is never trained
     ]
     flat = ids.flatten()
-    assert torch.equal(flat[rows["source"][rows["scored"]]], rows["canvas_ids"][rows["scored"]])
+    assert torch.equal(flat[source[rows.trained]], rows.canvas_ids[rows.trained])
 
 
 def test_packed_documents_become_rows():
@@ -246,7 +243,7 @@ def test_packed_documents_become_rows():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
     labels = ids.masked_fill(positions == 0, -100)
     labels[0, 5] = -100
-    rows = unpack_rows(ids, labels, position_ids=positions)
+    rows, _ = unpack_rows(ids, labels, position_ids=positions, grid=FULL)
     assert documents(rows) == [([1], [2, 3, 4], [2, 3, 4]), ([11, 12], [13], [13]), ([21], [22], [22])]
 
 
@@ -260,12 +257,12 @@ def test_eos_fills_the_block_it_ends(length, ends_in, filled):
     ids[0, ends_in] = EOS
     labels = ids.clone()
     labels[0, :2] = -100
-    rows = unpack_rows(
-        ids, labels, torch.ones_like(ids), block_length=4, fill_token_id=8, eos_token_ids=torch.tensor([7, EOS])
+    rows, source = unpack_rows(
+        ids, labels, torch.ones_like(ids), grid=GRID, fill_token_id=8, eos_token_ids=torch.tensor([7, EOS])
     )
     ((prompt, canvas, trained),) = documents(rows)
     assert canvas == ids[0, 2:].tolist() + [8] * filled == trained
-    assert (rows["source"][rows["canvas_mask"] == 1] == -1).sum() == filled
+    assert (source[rows.canvas_mask == 1] == -1).sum() == filled
 
 
 def test_a_cut_or_untrained_end_is_not_filled():
@@ -273,16 +270,16 @@ def test_a_cut_or_untrained_end_is_not_filled():
     labels = ids.clone()
     labels[:, 0] = -100
     labels[1, 3:] = -100
-    rows = unpack_rows(
-        ids, labels, torch.ones_like(ids), block_length=4, fill_token_id=8, eos_token_ids=torch.tensor([EOS])
+    rows, source = unpack_rows(
+        ids, labels, torch.ones_like(ids), grid=GRID, fill_token_id=8, eos_token_ids=torch.tensor([EOS])
     )
-    assert (rows["canvas_ids"] != 8).all() and rows["canvas_mask"].sum() == 8
+    assert (rows.canvas_ids != 8).all() and rows.canvas_mask.sum() == 8
 
 
 def test_labels_must_be_the_tokens():
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(ValueError, match="`labels` must be `input_ids` or -100"):
-        unpack_rows(ids, torch.tensor([[2, 3, -100]]), torch.ones_like(ids))
+        unpack_rows(ids, torch.tensor([[2, 3, -100]]), torch.ones_like(ids), grid=FULL)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loss

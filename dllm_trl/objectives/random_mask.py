@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import torch
 
-from ...types import Round
+from ..types import Round, Rows
+from .base import Objective, Random
 from .block import mask_probability
 from .cart import cart_weights
 
@@ -14,7 +15,7 @@ WEIGHTINGS = ("elbo", "cart", "mean", "none")
 
 
 @dataclass
-class RandomMaskObjective:
+class RandomMaskObjective(Objective):
     r"""
     Masks each trained token of a sequence with the sequence's probability p and scores it.
 
@@ -39,23 +40,24 @@ class RandomMaskObjective:
     largest: float = 1.0
     cart_p: float = 0.3
 
-    def __call__(self, batch: dict[str, torch.Tensor], block_length: int | None) -> list[Round]:
-        scored = batch["scored"]
-        probability = torch.ones(scored.shape, device=scored.device)
-        probability[scored.any(1)] = mask_probability(batch["levels"], self.eps, self.largest).float().unsqueeze(1)
-        drawn = torch.zeros_like(scored)
-        drawn[scored] = batch["uniform"] < probability[scored]
-        return [Round(masked=drawn, scored=drawn, weight=self._weight(batch, drawn, probability))]
+    def draw(self, rows: Rows, random: Random) -> dict[str, torch.Tensor]:
+        return {"level": random.levels(rows.trained.any(1, keepdim=True)), "uniform": random.uniform(rows.trained)}
 
-    def _weight(self, batch, drawn: torch.Tensor, probability: torch.Tensor) -> torch.Tensor | None:
+    def rounds(self, rows: Rows, view: int = 0) -> list[Round]:
+        trained = rows.trained
+        probability = mask_probability(rows.draws["level"], self.eps, self.largest).expand(trained.shape)
+        drawn = trained & (rows.draws["uniform"] < probability)
+        return [Round(masked=drawn, scored=drawn, loss_weight=self._weight(rows, drawn, probability))]
+
+    def _weight(self, rows: Rows, drawn: torch.Tensor, probability: torch.Tensor) -> torch.Tensor | None:
         if self.weighting == "elbo":
             return 1 / probability
         if self.weighting == "mean":
-            return (batch["scored"].sum(1, keepdim=True) / drawn.sum(1, keepdim=True).clamp(min=1)).expand(drawn.shape)
+            return (rows.trained.sum(1, keepdim=True) / drawn.sum(1, keepdim=True).clamp(min=1)).expand(drawn.shape)
         if self.weighting == "cart":
-            start, prompt = batch["prompt_mask"].sum(1, keepdim=True), batch["prompt_ids"].size(1)
+            start, prompt = rows.prompt_mask.sum(1, keepdim=True), rows.prompt_ids.size(1)
             columns = torch.arange(prompt + drawn.size(1), device=drawn.device)
             place = start + columns[: drawn.size(1)]  # of each response token among those that exist
-            known = (columns < start).scatter(1, place, batch["canvas_mask"].bool() & ~drawn)
+            known = (columns < start).scatter(1, place, rows.canvas_mask.bool() & ~drawn)
             return cart_weights(known, self.cart_p).gather(1, place)
         return None

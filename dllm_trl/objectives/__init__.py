@@ -1,0 +1,59 @@
+"""What is masked, what is scored, and what becomes of it: one objective per file; one line here names it."""
+
+from collections.abc import Callable
+from dataclasses import fields
+
+from .ar import AutoregressiveObjective
+from .base import FunctionObjective, LossInputs, LossOutputs, Objective, Random, make_objective
+from .block import BlockObjective
+from .random_mask import RandomMaskObjective
+from .semi_ar import SemiAutoregressiveObjective
+from .trace import TraceObjective
+
+
+# Reinforcement learning
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"trace": TraceObjective}
+# Supervised fine-tuning, and what it does by default for each kind of attention
+SFT_OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "ar": AutoregressiveObjective,
+    "block": BlockObjective,
+    "random_mask": RandomMaskObjective,
+    "semi_ar": SemiAutoregressiveObjective,
+    "trace": TraceObjective,
+}
+DEFAULT_SFT_OBJECTIVES = {"block": "block", "full": "random_mask"}
+
+
+def make_sft_objective(objective, attention: str | None = None, **options) -> Objective:
+    """
+    The objective of fine-tuning that `objective` stands for (see [`make_objective`]), built with those of `options`
+    that it has. `attention` is the model's kind, which the objective must be for; `None` as objective is the kind's
+    default.
+    """
+    chosen, own = DEFAULT_SFT_OBJECTIVES[attention] if objective is None else objective, {}
+    if isinstance(chosen, str) and chosen in SFT_OBJECTIVES:
+        own = {f.name: options[f.name] for f in fields(SFT_OBJECTIVES[chosen]) if f.name in options}
+        if chosen == "semi_ar" and own.get("block_length") is None:
+            raise ValueError("`objective='semi_ar'` needs `block_length`, the tokens of a slice, e.g. 32.")
+    made = make_objective(chosen, SFT_OBJECTIVES, **own)
+    if attention is not None and attention not in made.attentions:
+        fitting = [name for name, kind in SFT_OBJECTIVES.items() if attention in kind.attentions]
+        raise ValueError(
+            f"`objective={objective!r}` is for models with {' or '.join(made.attentions)} attention, but `model` has "
+            f"{attention} attention. Use one of {fitting}."
+        )
+    return made
+
+
+__all__ = [
+    "DEFAULT_SFT_OBJECTIVES",
+    "OBJECTIVES",
+    "SFT_OBJECTIVES",
+    "FunctionObjective",
+    "LossInputs",
+    "LossOutputs",
+    "Objective",
+    "Random",
+    "make_objective",
+    "make_sft_objective",
+]

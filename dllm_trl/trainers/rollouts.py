@@ -1,0 +1,115 @@
+"""Where responses come from. The trainer asks for them here; what decodes them is its own business."""
+
+import hashlib
+from typing import Protocol
+
+import torch
+from accelerate.utils import is_peft_model
+from trl.extras.profiling import profiling_context
+from trl.models import unwrap_model_for_generation
+
+from ..generation import DiffusionGenerationConfig, generate_rollouts
+from ..generation.processors import OFF
+from ..generation.sharded import whole_weights
+from ..types import DiffusionRollout
+from .processes import evaluating
+
+
+class Rollouts(Protocol):
+    """
+    A source of responses: the engine of this package in the trainer's own process, a server, a recording.
+
+    `exact` says whether its log-probabilities are the numbers that the trainer computes from the same weights.
+    """
+
+    exact: bool
+
+    def sync(self, step: int) -> None:
+        """Called before each rollout in training, at optimizer step `step`: new weights go where they are needed."""
+
+    def generate(
+        self, prompts: list[list[int]], parameters: DiffusionGenerationConfig, seed: int, first_row: int
+    ) -> DiffusionRollout:
+        """
+        A response to each prompt. What row `i` draws is a function of `(seed, first_row + i)`, so that it depends on
+        no other row.
+        """
+
+
+class EngineRollouts:
+    """Decodes in the trainer's process with the weights it trains, so that nothing is copied."""
+
+    exact = True
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def sync(self, step: int) -> None:
+        pass  # the weights are the trainer's own
+
+    def generate(
+        self, prompts: list[list[int]], parameters: DiffusionGenerationConfig, seed: int, first_row: int
+    ) -> DiffusionRollout:
+        trainer, args = self.trainer, self.trainer.args
+        with (
+            profiling_context(trainer, "generate_rollouts"),
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gather_deepspeed3_params=args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            whole_weights(model),
+            evaluating(model),
+            trainer.accelerator.autocast(),
+        ):
+            return generate_rollouts(
+                model,
+                prompts,
+                parameters,
+                num_slots=args.num_slots,
+                seed=seed,
+                index_offset=first_row,
+                show_progress=trainer.is_world_process_zero() and not args.disable_tqdm,
+                tokenizer=trainer._tokenizer,
+            )
+
+
+def make_parameters(trainer) -> DiffusionGenerationConfig:
+    """All of sampling comes from the trainer's config, all else from there or from the checkpoint."""
+    extra = dict(trainer.args.generation_kwargs or {})
+    # Rows of the embedding beyond the tokenizer are padding and decode to nothing
+    padding = range(len(trainer._tokenizer), trainer.model.config.vocab_size)
+    never = trainer.model.config.suppressed_token_ids
+    suppressed = {*padding, *never, *(extra.pop("suppress_tokens", None) or [])}
+    values = OFF | {
+        "max_new_tokens": trainer.max_completion_length,
+        "do_sample": True,
+        "temperature": trainer.temperature,
+        "top_k": trainer.top_k,
+        "top_p": trainer.top_p,
+        "min_p": trainer.min_p or 0.0,
+        "repetition_penalty": trainer.repetition_penalty,
+        "pad_token_id": trainer._tokenizer.pad_token_id,
+        "bos_token_id": trainer._tokenizer.bos_token_id,
+        "eos_token_id": trainer.eos_token_ids,
+        "suppress_tokens": sorted(suppressed) or None,
+        "mask_token_id": trainer.mask_token_id,
+        "block_length": trainer.block_length,
+        "denoising_steps": trainer.args.denoising_steps or min(trainer.block_length, trainer.max_completion_length),
+        "remasking_strategy": trainer.args.remasking_strategy,
+        "confidence_threshold": trainer.args.confidence_threshold,
+        "cache": trainer.args.cache,
+    }
+    config = DiffusionGenerationConfig(**(values | extra))
+    model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
+    config, _ = model._resolve_generation_config(config)
+    return config
+
+
+def seed_of(args, mode: str) -> int:
+    """What the rollouts of training or of evaluation draw from, and an objective for them."""
+    given = (args.generation_kwargs or {}).get("seed")
+    seed = f"{args.seed if given is None else given} {mode}"
+    return int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
