@@ -5,21 +5,35 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
 import yaml
+from datasets import Dataset
 
 import dllm_trl
+from dllm_trl import (
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    objectives,
+    scoring,
+    types,
+)
+from dllm_trl.scoring import layout
 
-from .trainers.tiny_rl import make_model, make_tokenizer
+from .trainers.tiny_rl import ON_CPU, letter_reward, make_model, make_prompts, make_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {"modeling": "A family", "objectives": "An objective", "generation/samplers": "A sampler"}
 ROOMS |= {"rewards": "A reward"}
+FEW_STEPS = {"max_steps": 2, "learning_rate": 1e-2, "gradient_checkpointing": False, "disable_tqdm": True, **ON_CPU}
 SHARED = {"base", "masks", "plans", "recompute", "common", "__init__"}  # no family, objective or sampler
 
 
@@ -69,6 +83,75 @@ def test_examples_use_a_kl_term_only_where_it_acts():
     for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         for code in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
             assert 'kl_target="old"' not in code or "num_iterations" in code, path
+
+
+def run_snippet(code: str, names: dict) -> dict:
+    names = names | {"__name__": __name__}  # dataclasses look their module up
+    exec(code, names)
+    return names
+
+
+def snippets(page: str, title: str) -> list[str]:
+    """The Python of a section of a page."""
+    section = (ROOT / "docs" / page).read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_types_of_the_architecture_have_what_the_page_says():
+    """A row of the table: a type, its fields, who makes it."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    flow = page.split("## From a rollout to a loss\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", flow, re.MULTILINE)
+    assert len(rows) == 7
+    for name, fields in rows:
+        held = next(getattr(room, name) for room in (types, layout, scoring, objectives) if hasattr(room, name))
+        said = re.findall(r"`(\w+)`", fields)
+        assert said and set(said) <= held.__dataclass_fields__.keys(), name
+    for method in re.findall(r"^\| `Objective\.(\w+)\(", page, re.MULTILINE):
+        assert callable(getattr(objectives.Objective, method))
+
+
+@pytest.mark.parametrize("family", ["sdar", "Dream"])
+def test_snippets_of_packing_score_the_rollout(family):
+    """Both give the log-probabilities that the rollout recorded."""
+    found = {"model": make_model(family).eval(), "tokenizer": make_tokenizer()}
+    scored, packed = snippets("packing.md", "Use")
+    with torch.no_grad():
+        exec(scored, found)
+        rollout, trained = found["rollout"], found["rows"].trained
+        torch.testing.assert_close(found["logps"], rollout.logprobs * trained, atol=1e-4, rtol=1e-4)
+        exec(packed, found)
+    torch.testing.assert_close(found["matrix"].sum(0), rollout.logprobs * trained, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_sft_objectives_of_ones_own_train(tmp_path, monkeypatch, number, family):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dllm_trl, "DiffusionSFTConfig", partial(DiffusionSFTConfig, block_length=4, **FEW_STEPS))
+    found = run_snippet(snippets("sft_trainer.md", "An objective of your own")[number], {})
+    trainer = DiffusionSFTTrainer(
+        make_model(family),
+        found["args"],
+        train_dataset=Dataset.from_dict({"prompt": ["1+2=", "2+2= "], "completion": ["3 is it", "4!"]}),
+        processing_class=make_tokenizer(),
+    )
+    assert trainer.train().training_loss > 0
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_rl_objectives_of_ones_own_train(tmp_path, monkeypatch, number, family):
+    monkeypatch.chdir(tmp_path)
+    options = {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 8, "block_length": 4}
+    monkeypatch.setattr(dllm_trl, "DiffusionGRPOConfig", partial(DiffusionGRPOConfig, **options, **FEW_STEPS))
+    trainer = partial(DiffusionGRPOTrainer, processing_class=make_tokenizer())
+    monkeypatch.setattr(dllm_trl, "DiffusionGRPOTrainer", trainer)
+    given = {"model": make_model(family), "reward": letter_reward, "dataset": make_prompts()}
+    trainer = run_snippet(snippets("tracerl_trainer.md", "An objective of your own")[number], given)["trainer"]
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert any(not torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ class DiffusionSFTConfig(SFTConfig):
     the meaning and the default they have in [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
     Parameters:
-        objective (`str` or [`SFTObjective`], *optional*):
-            What is masked and scored: a name from `dllm_trl.objectives.sft.SFT_OBJECTIVES`, or a callable.
+        objective (`str`, [`Objective`] or `Callable`, *optional*):
+            What is masked and scored: a name from `dllm_trl.objectives.SFT_OBJECTIVES`, an instance, or a function of
+            [`Rows`] that returns rounds.
             `None` takes the family's default: `"block"` for block attention, `"random_mask"` for full attention.
         block_length (`int`, *optional*):
             Block attention: tokens denoised together; `None` takes the model's `config.block_size`. Full attention:
