@@ -280,9 +280,20 @@ class Decoder(ABC):
         if conditional is not None:
             conditional = conditional / (plan.temperature or 1)
             recorded = conditional.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        # What cannot be a probability is noticed in numbers that go to the host anyway
+        recorded = recorded.where(~log_probs.isnan(), torch.nan)
+        tokens, recorded = tokens.cpu().numpy(), recorded.cpu().numpy()
+        if np.isnan(recorded).any() and every.isnan().any():
+            slot = int(row_of[np.isnan(recorded).argmax()])
+            raise FloatingPointError(
+                f"The model's logits are NaN or infinite in row {self.rows[slot].index}, denoising step "
+                f"{slots['forwards'][slot]}, so there is no probability to sample from. The weights may have diverged "
+                "in training (a lower `learning_rate` and `max_grad_norm` help), or the dtype is too narrow for the "
+                "model: try `bfloat16` or `float32`."
+            )
         masked = self._tensor(candidates)
         scores = TokenScores(masked, log_probs, every, lambda: self._tensor(uniform(*counters, 1)), plan.alg_temp)
-        return tokens.cpu().numpy(), recorded.cpu().numpy(), scores
+        return tokens, recorded, scores
 
     def _process(self, processors: LogitsProcessorList, logits: torch.Tensor, row_of: np.ndarray) -> torch.Tensor:
         """Logits processors, row by row: each sees the row's prompt and committed tokens once per masked position."""

@@ -1,7 +1,11 @@
 """Many prompts through a fixed number of slots: refill of finished slots, and what comes out of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
+from torch import nn
 
 from ..types import DiffusionRollout, Grid
 from .block import BlockDecoder
@@ -9,6 +13,19 @@ from .canvas import CanvasDecoder
 from .decoder import DecodingPlan, Row
 from .sampling import mix
 from .sharded import whole_weights
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradient checkpointing, which drops the caches it is given; each module's own state is put
+    back."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 @torch.no_grad()
@@ -32,7 +49,7 @@ def decode(
     ]
     full = model.config.diffusion_attention == "full"
     decoder = CanvasDecoder if full else BlockDecoder
-    with whole_weights(model):
+    with evaluating(model), whole_weights(model):
         decoder(model, plan, fused, streamer, show_progress).run(rows, num_slots or len(rows))
     batch, width = len(rows), max(row.canvas_length for row in rows)
     prompt_width = max(len(row.prompt) for row in rows)

@@ -364,7 +364,8 @@ class DiffusionGenerationMixin(GenerationMixin):
                 Receives the prompt, then each finished block (`put`), and after each step the block being denoised
                 (`put_draft`, if it has one). One prompt at a time.
             attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*):
-                1 for tokens, 0 for padding.
+                1 for tokens, 0 for padding. Without it a prompt's leading `pad_token_id` are padding, unless that is
+                an EOS token.
             prefix_allowed_tokens_fn (`Callable`, *optional*):
                 As in transformers. Tokens must be committed from left to right, one by one.
             kwargs:
@@ -388,7 +389,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         if unused:
             raise ValueError(f"`generate` got unknown arguments {sorted(unused)}; check their spelling.")
         if attention_mask is None:
-            attention_mask = torch.ones_like(inputs)
+            attention_mask = _inferred_mask(inputs, config)
         if attention_mask.shape != inputs.shape:
             raise ValueError(
                 f"`attention_mask` must have the shape of `input_ids`, {tuple(inputs.shape)}, but has "
@@ -450,6 +451,13 @@ class DiffusionGenerationMixin(GenerationMixin):
                     f"Prompt {i} holds the id {unknown[0]}, but the model's vocabulary has the ids 0 to "
                     f"{self.config.vocab_size - 1}. Tokenize it with the model's own tokenizer."
                 )
+
+
+def _inferred_mask(inputs: torch.Tensor, config: DiffusionGenerationConfig) -> torch.Tensor:
+    """Padding of a batch that came without a mask. As in transformers, a pad token that ends texts says nothing."""
+    if config.pad_token_id is None or config.pad_token_id in _ids(config.eos_token_id):
+        return torch.ones_like(inputs)
+    return (inputs != config.pad_token_id).long().cummax(dim=1).values
 
 
 def rollout_inputs(

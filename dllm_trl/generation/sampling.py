@@ -27,10 +27,10 @@ def uniform(*counters: int | np.ndarray) -> np.ndarray:
 def draw(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """
     Samples one token per row of `logits` `(n, V)` by inverting the cumulative distribution at `uniform` `(n,)`. A
-    token with logit -inf has no width there and is never drawn.
+    token with logit -inf has no width there and is never drawn. Without any probability (NaN) it is the last one.
     """
     cumulative = logits.softmax(-1).cumsum(-1)
     total = cumulative[:, -1]
     # Strictly below the total, so that rounding cannot run past the last token that has any probability
     point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point[:, None], right=True).squeeze(-1)
+    return torch.searchsorted(cumulative, point[:, None], right=True).squeeze(-1).clamp(max=logits.size(-1) - 1)
