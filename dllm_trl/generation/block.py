@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import torch
 
+from ..types import Grid
 from .cache import Prefix, SlotCache
 from .decoder import Decoder, Row
 from .forward import Units
@@ -29,9 +30,9 @@ class BlockDecoder(Decoder):
     """
 
     def _reserve(self, rows: list[Row], count: int) -> None:
-        width = self.width
+        width, self.grid = self.width, Grid(self.width)
         # One block beyond the longest row: the last block may be wider than what the row may still generate
-        length = max(len(row.prompt) + row.limit for row in rows) // width * width + width
+        length = self.grid.floor(max(len(row.prompt) + row.limit for row in rows)) + width
         self.cache = SlotCache(self.model.config, count, length, self._dtype(), self.device)
         self.forward.reserve(length)
         self.shift = self.model.config.logit_shift
@@ -39,7 +40,7 @@ class BlockDecoder(Decoder):
             self.last = torch.zeros(count, self.model.config.vocab_size, device=self.device)
         self.prefixes: dict[bytes, Prefix] = {}
         for row in rows:
-            row.prefix = row.prompt[: len(row.prompt) // width * width].tobytes()
+            row.prefix = row.prompt[: self.grid.floor(len(row.prompt))].tobytes()
         self.users = Counter(row.prefix for row in rows)  # rows that still have to load each prefix
 
     def _fill(self, taken: list[Row]) -> None:
@@ -56,7 +57,7 @@ class BlockDecoder(Decoder):
             self.users[row.prefix] -= 1
             if not self.users[row.prefix]:
                 del self.prefixes[row.prefix]
-            known = len(row.prompt) % width
+            known = self.grid.offset(len(row.prompt))
             self._open(slot, len(row.prompt) - known, row.prompt[len(row.prompt) - known :])
 
     def _logits(self, slots: np.ndarray, read: np.ndarray) -> tuple[torch.Tensor, None]:

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from ..types import Grid
 from .samplers import SAMPLERS
 
 
@@ -242,7 +243,7 @@ def denoising_steps_per_block(total_steps: int, max_new_tokens: int, block_lengt
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"`{name}` must be at least 1, an integer, but is {value!r}.")
     block_length = min(block_length or max_new_tokens, max_new_tokens)
-    blocks = -(-max_new_tokens // block_length)
+    blocks = Grid(block_length, "response").count(max_new_tokens)
     steps, rest = divmod(total_steps, blocks)
     if rest:
         raise ValueError(

@@ -7,6 +7,7 @@ written in place, and after the last layer's keys and values only the tokens tha
 import torch
 from torch import nn
 
+from ..types import Grid
 from .cache import Prefix, SlotCache
 from .fused_ops import Layer, Matrix, Norm
 
@@ -63,7 +64,8 @@ class FusedForward:
         if not any(sizes):
             return prefixes
         every = [torch.arange(size, device=prompts[0].device) for size in sizes]
-        masks = [(x // block_length)[:, None] >= x // block_length for x in every]
+        blocks = [Grid(block_length).block(positions) for positions in every]
+        masks = [block[:, None] >= block for block in blocks]
         x, cos, sin = self._embed(torch.cat(prompts), torch.cat(every))
         for i, layer in enumerate(self.layers):
             q, k, v = (torch.split_with_sizes(t.transpose(0, 1), sizes, dim=1) for t in layer.project(x, cos, sin))

@@ -13,6 +13,8 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from dllm_trl.types import Grid
+
 
 SDPA_PLAN = "sdpa_plan"
 
@@ -58,7 +60,7 @@ def block_causal_mask(
             Tokens per block.
     """
     batch, length = inputs_embeds.shape[:2]
-    blocks = position_ids.expand(batch, -1) // block_length
+    blocks = Grid(block_length).block(position_ids.expand(batch, -1))
     past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
     if attention_mask is not None:
         blocks = blocks.masked_fill(attention_mask[:, past : past + length] == 0, -1)
