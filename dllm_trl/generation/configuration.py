@@ -12,7 +12,9 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from ..types import Grid
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, parameters, with_parameters
+from .samplers.common import built
+from .schedules import SCHEDULES
 
 
 logger = logging.get_logger(__name__)
@@ -38,11 +40,6 @@ RENAMED = {
     "timesteps": "denoising_steps",
     "remasking": "remasking_strategy",
     "alg": "remasking_strategy",
-    "threshold": "confidence_threshold",
-    "conf_threshold": "confidence_threshold",
-    "dynamic_threshold": "confidence_threshold",
-    "unmask_threshold": "confidence_threshold",
-    "eb_threshold": "entropy_bound",
     "mask_id": "mask_token_id",
     "mask_token": "mask_token_id",
     "cfg": "cfg_scale",
@@ -63,6 +60,7 @@ RENAMED = {
     "idx": "input_ids",
     "return_dict": "return_dict_in_generate",
 }
+RENAMED |= {name: field.name for field in parameters().values() for name in field.metadata.get("elsewhere", ())}
 _BEAMS = "it is of beam search, which is not defined for diffusion decoding"
 _ASSISTED = "it is of assisted decoding, and there is no assistant here: a step commits several tokens by itself"
 _SCORES = (
@@ -181,8 +179,6 @@ OWN = (
     "block_length",
     "denoising_steps",
     "remasking_strategy",
-    "confidence_threshold",
-    "entropy_bound",
     "denoising_schedule",
     "mask_token_id",
     "seed",
@@ -195,9 +191,7 @@ OWN = (
 NUMBERS = {
     "alg_temp",
     "cfg_scale",
-    "confidence_threshold",
     "encoder_repetition_penalty",
-    "entropy_bound",
     "epsilon_cutoff",
     "eta_cutoff",
     "max_time",
@@ -209,16 +203,13 @@ NUMBERS = {
     "typical_p",
 }
 TOKEN_IDS = {"begin_suppress_tokens", "eos_token_id", "forced_eos_token_id", "pad_token_id", "suppress_tokens"}
-KNOWN = {*OWN, *vars(GenerationConfig())}
-SCHEDULES = ("even", "dream")
+STOCK = set(vars(GenerationConfig()))
 CACHES = ("exact", "none", "prefix", "dual")
-# What Dream's published generation_config.json says under `alg`, and ours
-ALGORITHMS = {
-    "origin": "random",
-    "maskgit_plus": "low_confidence_static",
-    "topk_margin": "margin",
-    "entropy": "entropy",
-}
+
+
+def field_names() -> set[str]:
+    """Fields of a [`DiffusionGenerationConfig`]."""
+    return {*OWN, *parameters(), *STOCK}
 
 
 def denoising_steps_per_block(total_steps: int, max_new_tokens: int, block_length: int | None = None) -> int:
@@ -274,7 +265,8 @@ def check_refused(config: GenerationConfig) -> None:
 
 def check_types(values: dict[str, Any]) -> None:
     """Raises for a number that is none, and token ids that are no integers. NaN fails the comparisons themselves."""
-    for name in NUMBERS & values.keys():
+    numbers = NUMBERS | {name for name, field in parameters().items() if isinstance(field.default, float)}
+    for name in numbers & values.keys():
         value = values[name]
         if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
             raise ValueError(f"`{name}` must be a number, but is {value!r}.")
@@ -311,10 +303,9 @@ class DiffusionGenerationConfig(GenerationConfig):
             Which masked tokens are committed in a step: `"sequential"`, `"low_confidence_static"`,
             `"low_confidence_dynamic"`, `"random"`, `"entropy"`, `"margin"`, `"entropy_bound"`, or a function with the
             signature of those in `dllm_trl.generation.samplers`.
-        confidence_threshold (`float`, *optional*):
-            Probability in [0, 1] above which `"low_confidence_dynamic"` commits.
-        entropy_bound (`float`, *optional*):
-            Bound in nats of `"entropy_bound"` ([Ben-Hamu et al., 2025](https://huggingface.co/papers/2505.24857)).
+        parameters of the strategies (*optional*):
+            By their names: the fields of the dataclasses in `dllm_trl.generation.samplers`, which
+            `dllm_trl.generation.samplers.parameters()` lists. `None` takes the default that stands there.
         denoising_schedule (`str`, *optional*):
             Quota of a step: `"even"` (block width // steps, the remainder to the earliest steps) or `"dream"`
             (`int(masked * (1 - s / t))` on `linspace(1, 1e-3, steps + 1)`, what is left on the last step).
@@ -346,8 +337,6 @@ class DiffusionGenerationConfig(GenerationConfig):
     block_length: int | None
     denoising_steps: int | None
     remasking_strategy: str | Callable | None
-    confidence_threshold: float | None
-    entropy_bound: float | None
     denoising_schedule: str | None
     mask_token_id: int | None
     seed: int | None
@@ -359,10 +348,10 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs):
         reject_renamed(kwargs)
-        unknown = sorted(key for key in kwargs if key not in KNOWN and not key.startswith("_"))
+        unknown = sorted(key for key in kwargs.keys() - field_names() if not key.startswith("_"))
         if unknown:
             raise ValueError(f"`DiffusionGenerationConfig` got unknown arguments {unknown}; check their spelling.")
-        for name in OWN:
+        for name in (*OWN, *parameters()):
             setattr(self, name, kwargs.pop(name, None))
         super().__init__(**kwargs)
 
@@ -380,14 +369,12 @@ class DiffusionGenerationConfig(GenerationConfig):
                 f"`remasking_strategy` must be one of {sorted(SAMPLERS)} or a function, but is "
                 f"{self.remasking_strategy!r}."
             )
-        if self.confidence_threshold is not None and not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(
-                f"`confidence_threshold` is a probability in [0, 1], but is {self.confidence_threshold!r}."
-            )
-        if self.entropy_bound is not None and not self.entropy_bound >= 0:
-            raise ValueError(f"`entropy_bound` must be at least 0 nats, but is {self.entropy_bound!r}.")
+        for sampler in with_parameters():
+            built(sampler, vars(self))
         if self.denoising_schedule is not None and self.denoising_schedule not in SCHEDULES:
-            raise ValueError(f"`denoising_schedule` must be one of {SCHEDULES}, but is {self.denoising_schedule!r}.")
+            raise ValueError(
+                f"`denoising_schedule` must be one of {tuple(SCHEDULES)}, but is {self.denoising_schedule!r}."
+            )
         if self.cache is not None and self.cache not in CACHES:
             raise ValueError(f"`cache` must be one of {CACHES}, but is {self.cache!r}.")
         if self.refresh_interval is not None and self.cache != "prefix":
@@ -401,6 +388,18 @@ class DiffusionGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be at least 0 (0 is off), but is {value!r}.")
         if self.suppress_eos is not None and not isinstance(self.suppress_eos, bool):
             raise ValueError(f"`suppress_eos` must be `True` or `False`, but is {self.suppress_eos!r}.")
+        self._validate_sampling()
+        if self.num_beams is not None and self.num_beams > 1:
+            raise ValueError("Beam search is not defined for diffusion language models: leave `num_beams` unset.")
+        # Stock `validate` calls a temperature without `do_sample` a mistake, and refuses several return sequences
+        # then. Here an explicit temperature samples, and `generate` resolves which of the two holds.
+        do_sample, self.do_sample = self.do_sample, True
+        try:
+            super().validate(strict=strict, user_set_attributes=user_set_attributes)
+        finally:
+            self.do_sample = do_sample
+
+    def _validate_sampling(self) -> None:
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` must be at least 0 (0 is greedy), but is {self.temperature!r}.")
         if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 0):
@@ -417,15 +416,6 @@ class DiffusionGenerationConfig(GenerationConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be above 0, but is {value!r}.")
-        if self.num_beams is not None and self.num_beams > 1:
-            raise ValueError("Beam search is not defined for diffusion language models: leave `num_beams` unset.")
-        # Stock `validate` calls a temperature without `do_sample` a mistake, and refuses several return sequences
-        # then. Here an explicit temperature samples, and `generate` resolves which of the two holds.
-        do_sample, self.do_sample = self.do_sample, True
-        try:
-            super().validate(strict=strict, user_set_attributes=user_set_attributes)
-        finally:
-            self.do_sample = do_sample
 
     @staticmethod
     def _get_default_generation_params() -> dict[str, Any]:
@@ -438,8 +428,6 @@ class DiffusionGenerationConfig(GenerationConfig):
             "num_return_sequences": 1,
             "return_dict_in_generate": False,
             "remasking_strategy": "low_confidence_dynamic",
-            "confidence_threshold": 0.9,
-            "entropy_bound": 0.1,
             "denoising_schedule": "even",
             "cfg_scale": 0.0,
             "alg_temp": 0.0,
@@ -453,11 +441,12 @@ class DiffusionGenerationConfig(GenerationConfig):
         # Published diffusion checkpoints carry `_from_model_config: true` in generation_config.json, which makes the
         # base class drop every key it does not know; and keys in the vocabulary of their own code, which we keep as
         # they are.
-        foreign = {key: value for key, value in config_dict.items() if key not in KNOWN}
-        config_dict = {key: value for key, value in config_dict.items() if key in KNOWN}
+        names = field_names()
+        foreign = {key: value for key, value in config_dict.items() if key not in names}
+        config_dict = {key: value for key, value in config_dict.items() if key in names}
         config_dict.pop("_from_model_config", None)
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        known = {key: kwargs.pop(key) for key in list(kwargs) if key in KNOWN}
+        known = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
         config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **known)
         unused |= kwargs
         for key, value in foreign.items():

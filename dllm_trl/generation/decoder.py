@@ -25,8 +25,7 @@ class DecodingPlan:
         block_length (`int`): Tokens denoised together, `W`. `None`: the whole response.
         quotas (`Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]`):
             `(step in the block, masked tokens, width of the block) -> tokens to commit`, per row.
-        sampler (`Callable`): Remasking strategy, see `dllm_trl.generation.samplers`.
-        confidence_threshold, entropy_bound (`float`): Parameters of the strategies.
+        sampler (`Callable`): Remasking strategy with its parameters, see `dllm_trl.generation.samplers`.
         temperature (`float`): 0 is greedy.
         warpers (`LogitsProcessorList`): Filters that look at the scores only (top-k, top-p, min-p).
         place_rules (`Callable | None`): What depends on a token's place, see [`make_place_rules`].
@@ -45,8 +44,6 @@ class DecodingPlan:
     block_length: int | None
     quotas: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     sampler: Callable
-    confidence_threshold: float
-    entropy_bound: float
     temperature: float
     warpers: LogitsProcessorList
     place_rules: Callable[..., torch.Tensor] | None
@@ -209,14 +206,7 @@ class Decoder(ABC):
         positions = start[row_of] + read % width
         tokens, log_probs, scores = self._sample(logits, conditional, slots, candidates, row_of, positions)
         quota = self._quotas(slots, candidates)
-        commit = plan.sampler(
-            scores,
-            scores.masked,
-            self._tensor(quota),
-            confidence_threshold=plan.confidence_threshold,
-            entropy_bound=plan.entropy_bound,
-        )
-        commit = commit.cpu().numpy()  # (A, W)
+        commit = plan.sampler(scores, scores.masked, self._tensor(quota)).cpu().numpy()  # (A, W)
         chosen = commit[candidates]
         slots["canvas"][commit] = tokens[chosen]
         slots["logprobs"][commit] = log_probs[chosen]

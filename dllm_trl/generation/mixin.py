@@ -12,14 +12,12 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     StoppingCriteriaList,
-    WatermarkingConfig,
 )
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
 from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 
 from ..types import DiffusionRollout
 from .checks import (
-    check_config,
     check_integer,
     check_siblings,
     decodable,
@@ -28,19 +26,13 @@ from .checks import (
     row_limits,
     token_ids,
 )
-from .configuration import (
-    ALGORITHMS,
-    ARGUMENTS,
-    METHODS,
-    DiffusionGenerationConfig,
-    check_refused,
-    check_types,
-    reject_renamed,
-)
+from .configuration import ARGUMENTS, METHODS, DiffusionGenerationConfig
 from .decoder import DecodingPlan
 from .engine import decode
 from .processors import make_place_rules, make_processors, make_warpers, make_watermark
-from .samplers import SAMPLERS, checked
+from .resolve import as_ids, check_vocabulary, resolve
+from .samplers import make_sampler
+from .schedules import make_quotas
 from .stopping import Stopping, deadline
 
 
@@ -78,42 +70,6 @@ class DiffusionGenerateOutput(ModelOutput):
     num_forward_passes: torch.LongTensor | None = None
     tokens_per_forward: float | None = None
     rollout: DiffusionRollout | None = None
-
-
-def _quotas(config: DiffusionGenerationConfig) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    eps = getattr(config, "eps", 1e-3)  # in Dream's published files
-
-    def even(step: np.ndarray, masked: np.ndarray, width: np.ndarray) -> np.ndarray:
-        steps = config.denoising_steps or width
-        return np.where(step < steps, width // steps + (step < width % steps), masked)
-
-    def dream(step: np.ndarray, masked: np.ndarray, width: np.ndarray) -> np.ndarray:
-        steps = config.denoising_steps or width
-        step = np.minimum(step, steps - 1)
-        earlier, later = (1 - (1 - eps) * at / steps for at in (step, step + 1))
-        return np.where(step == steps - 1, masked, (masked * (1 - later / earlier)).astype(np.int64))
-
-    return even if config.denoising_schedule == "even" else dream
-
-
-def _translated(values: dict[str, Any]) -> dict[str, Any]:
-    """The strategy that Dream's published generation_config.json names, under our name."""
-    if "alg" not in values or "remasking_strategy" in values:
-        return values
-    if values["alg"] not in ALGORITHMS:
-        raise ValueError(
-            f"`alg` in generation_config.json must be one of {sorted(ALGORITHMS)}, but is {values['alg']!r}; set "
-            "`remasking_strategy`, which wins."
-        )
-    return values | {"remasking_strategy": ALGORITHMS[values["alg"]]}
-
-
-def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None and not key.startswith("_")}
-
-
-def _ids(value: Any) -> list[int]:
-    return [] if value is None else np.atleast_1d(np.asarray(value)).tolist()
 
 
 class DiffusionGenerationMixin(GenerationMixin):
@@ -182,84 +138,7 @@ class DiffusionGenerationMixin(GenerationMixin):
     def _resolve_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs
     ) -> tuple[DiffusionGenerationConfig, dict[str, Any]]:
-        """
-        Call kwargs > passed config > the checkpoint's `generation_config.json` > the model's config > the library.
-        Returns the config with every field set and the kwargs that are none of its fields.
-        """
-        reject_renamed(kwargs)
-        check_config(generation_config)
-        config = DiffusionGenerationConfig()
-        unknown = {key: value for key, value in kwargs.items() if not hasattr(config, key)}
-        given = {key: value for key, value in kwargs.items() if key not in unknown}
-        full = self.config.diffusion_attention == "full"
-        sources = [
-            _settings(given),
-            _settings(vars(generation_config or config)),
-            _settings(vars(self.generation_config)),
-            _settings(self.config.generation_defaults),
-        ]
-        for source in sources:
-            check_types(source)
-        if full:
-            named = "remasking_strategy" in sources[0] | sources[1]
-            sources = [source if named else _translated(source) for source in sources]
-        # Ids that the family never samples, unless the caller says which ones
-        never = [] if "suppress_tokens" in sources[0] | sources[1] else self.config.suppressed_token_ids
-        # An explicit temperature without `do_sample` samples: the highest of the sources that names either one decides
-        decisive = next((source for source in sources if source.keys() & {"do_sample", "temperature"}), {})
-        do_sample = decisive.get("do_sample", decisive.get("temperature", 0) > 0)
-        # One limit of the length, in the terms of the highest source that names one
-        lengths = {"max_new_tokens", "max_length"}
-        limit = next((source.keys() & lengths for source in sources if source.keys() & lengths), {"max_new_tokens"})
-        for source in (*sources, config._get_default_generation_params()):
-            unset = {key: value for key, value in source.items() if getattr(config, key, None) is None}
-            for key in lengths - limit:
-                unset.pop(key, None)
-            for key, value in unset.items():
-                setattr(config, key, value)
-        config.suppress_tokens = sorted({*_ids(config.suppress_tokens), *never}) or config.suppress_tokens
-        if config.block_length is None:
-            config.block_length = self.config.block_size
-        steps = next((source for source in sources if source.keys() & {"denoising_steps", "steps"}), {})
-        if full and "denoising_steps" not in steps and "steps" in steps:
-            # Dream's published total. A block of n tokens has at most n steps that commit something
-            length = config.max_new_tokens or config.max_length
-            width = min(config.block_length or length, length)
-            per_block = -(-steps["steps"] // -(-length // width))
-            config.denoising_steps = per_block if per_block < width else None
-        if config.denoising_steps is None:
-            config.denoising_steps = config.block_length
-        if config.mask_token_id is None:
-            config.mask_token_id = self.config.mask_token_id
-        config.do_sample = bool(do_sample) and config.temperature > 0
-        if config.eos_token_id is None:
-            config.eos_token_id = self.config.eos_token_id
-        if config.pad_token_id is None:
-            eos = [token for token in _ids(config.eos_token_id) if token >= 0]
-            config.pad_token_id = self.config.pad_token_id if self.config.pad_token_id is not None else (eos or [0])[0]
-        if full and config.cache == "exact":
-            raise ValueError(
-                f'`cache="exact"` is for block families: with full attention every new token changes the keys of all. '
-                f'{type(self).__name__} takes "none", "prefix" or "dual".'
-            )
-        if not full and config.cache not in (None, "exact"):
-            raise ValueError(
-                f"`cache={config.cache!r}` is for full-attention families. {type(self).__name__} decodes block by "
-                "block with an exact cache; leave `cache` unset."
-            )
-        if not full and config.cfg_scale:
-            raise ValueError(
-                f"`cfg_scale` is for full-attention families; {type(self).__name__} caches its prompt. Leave "
-                "`cfg_scale` unset."
-            )
-        config.cache = config.cache or ("none" if full else "exact")
-        if config.cache != "prefix" and "refresh_interval" not in sources[0] | sources[1]:
-            config.refresh_interval = None  # the checkpoint's belongs to the checkpoint's cache
-        if isinstance(config.watermarking_config, dict):
-            config.watermarking_config = WatermarkingConfig.from_dict(config.watermarking_config)
-        check_refused(config)
-        config.validate()
-        return config, unknown
+        return resolve(self, generation_config, kwargs)
 
     def _decoding_plan(
         self,
@@ -272,17 +151,7 @@ class DiffusionGenerationMixin(GenerationMixin):
     ) -> DecodingPlan:
         """The parameters of one run; `shape` is that of the batch: rows and width of the prompts."""
         device = self.get_input_embeddings().weight.device
-        if config.mask_token_id is None:
-            raise ValueError(
-                "The model's config has no `mask_token_id`. Set it there, or pass `mask_token_id=` to `generate`."
-            )
-        vocab_size = self.config.vocab_size
-        for name in ("mask_token_id", "suppress_tokens"):
-            unknown = [token for token in _ids(getattr(config, name)) if not 0 <= token < vocab_size]
-            if unknown:
-                raise ValueError(
-                    f"`{name}` has the id {unknown[0]}, but the model's vocabulary has the ids 0 to {vocab_size - 1}."
-                )
+        check_vocabulary(config, self.config.vocab_size)
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
@@ -293,23 +162,20 @@ class DiffusionGenerationMixin(GenerationMixin):
         seed = config.seed
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        eos_token_ids = [token for token in _ids(config.eos_token_id) if token >= 0]
-        suppressed = {config.mask_token_id, *_ids(config.suppress_tokens)}
+        eos_token_ids = [token for token in as_ids(config.eos_token_id) if token >= 0]
+        suppressed = {config.mask_token_id, *as_ids(config.suppress_tokens)}
         never = suppressed | set(eos_token_ids if config.suppress_eos else [])
-        if not never.isdisjoint(_ids(config.forced_eos_token_id)):
+        if not never.isdisjoint(as_ids(config.forced_eos_token_id)):
             raise ValueError(
                 f"`forced_eos_token_id={config.forced_eos_token_id!r}` forces a token that `suppress_tokens`, "
                 "`suppress_eos` or `mask_token_id` forbid. Leave one of them out."
             )
         eos = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
         processors = make_processors(config, eos, prefix_allowed_tokens_fn)
-        strategy = config.remasking_strategy
         return DecodingPlan(
             block_length=config.block_length,
-            quotas=_quotas(config),
-            sampler=SAMPLERS[strategy] if isinstance(strategy, str) else checked(strategy),
-            confidence_threshold=config.confidence_threshold,
-            entropy_bound=config.entropy_bound,
+            quotas=make_quotas(config.denoising_schedule, config.denoising_steps, vars(config)),
+            sampler=make_sampler(config.remasking_strategy, vars(config)),
             temperature=config.temperature if config.do_sample else 0.0,
             warpers=make_warpers(config),
             place_rules=make_place_rules(config, eos),
@@ -455,7 +321,7 @@ class DiffusionGenerationMixin(GenerationMixin):
 
 def _inferred_mask(inputs: torch.Tensor, config: DiffusionGenerationConfig) -> torch.Tensor:
     """Padding of a batch that came without a mask. As in transformers, a pad token that ends texts says nothing."""
-    if config.pad_token_id is None or config.pad_token_id in _ids(config.eos_token_id):
+    if config.pad_token_id is None or config.pad_token_id in as_ids(config.eos_token_id):
         return torch.ones_like(inputs)
     return (inputs != config.pad_token_id).long().cummax(dim=1).values
 

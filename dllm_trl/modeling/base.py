@@ -91,6 +91,8 @@ class DiffusionConfigMixin:
     diffusion_attention: ClassVar[Literal["block", "full"]] = "block"
     logit_shift: ClassVar[int] = 0  # 1: position i - 1 predicts token i
     generation_defaults: ClassVar[dict[str, Any]] = {}  # how the family decodes where nobody says otherwise
+    # Names of generation_config.json that say one thing, ours among them: those of the highest source count
+    generation_synonyms: ClassVar[tuple[set[str], ...]] = ()
     block_size = None
     suppressed_token_ids: ClassVar[Iterable[int]] = ()  # never sampled
     auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it from every config
@@ -124,6 +126,13 @@ class DiffusionConfigMixin:
         for published in self.attribute_map.keys() & kwargs.keys():
             setattr(self, published, kwargs.pop(published))
         super().__post_init__(**kwargs)
+
+    def translate_generation(self, values: dict[str, Any]) -> dict[str, Any]:
+        """
+        Parameters of generation in our words, where the family's published generation_config.json has others: `values`
+        are what call, checkpoint and library say together, and of names that say one thing only one is there.
+        """
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT reads a config like this right before it looks for default target modules.

@@ -5,10 +5,11 @@ from trl import GRPOConfig
 
 from ..generation.configuration import reject_renamed
 from .counts import check_counts, is_count
+from .strategy_arguments import StrategyArguments
 
 
 @dataclass
-class DiffusionGRPOConfig(GRPOConfig):
+class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
     r"""
     Configuration class for the [`DiffusionGRPOTrainer`]: [`~trl.GRPOConfig`] and what diffusion language models add.
 
@@ -26,8 +27,9 @@ class DiffusionGRPOConfig(GRPOConfig):
         remasking_strategy (`str`, *optional*):
             Which masked tokens are committed in a step, see [`DiffusionGenerationConfig`]. `None` takes the
             checkpoint's, else `"low_confidence_dynamic"`.
-        confidence_threshold (`float`, *optional*):
-            Probability above which `"low_confidence_dynamic"` commits. `None` takes the checkpoint's, else 0.9.
+        parameters of the strategies (*optional*):
+            By their names, as in [`DiffusionGenerationConfig`]. `None` takes the checkpoint's, else the default of the
+            strategy.
         cache (`str`, *optional*):
             Full attention: `"none"`, or Fast-dLLM's approximate `"prefix"` and `"dual"`, which make the rollout
             faster. Its tokens are scored without a cache all the same; `sampling/sampling_logp_difference` says how
@@ -85,13 +87,6 @@ class DiffusionGRPOConfig(GRPOConfig):
         metadata={
             "help": "Which masked tokens are committed in a step. `None` takes the checkpoint's, else "
             "'low_confidence_dynamic'."
-        },
-    )
-    confidence_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Probability above which 'low_confidence_dynamic' commits. `None` takes the checkpoint's, else "
-            "0.9."
         },
     )
     cache: str | None = field(

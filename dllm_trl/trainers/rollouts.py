@@ -1,6 +1,7 @@
 """Where responses come from. The trainer asks for them here; what decodes them is its own business."""
 
 import hashlib
+from dataclasses import fields
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from ..generation.processors import OFF
 from ..generation.sharded import whole_weights
 from ..types import DiffusionRollout
 from .processes import evaluating
+from .strategy_arguments import StrategyArguments
 
 
 class Rollouts(Protocol):
@@ -99,9 +101,9 @@ def make_parameters(trainer) -> DiffusionGenerationConfig:
         "block_length": trainer.block_length,
         "denoising_steps": trainer.args.denoising_steps or min(trainer.block_length, trainer.max_completion_length),
         "remasking_strategy": trainer.args.remasking_strategy,
-        "confidence_threshold": trainer.args.confidence_threshold,
         "cache": trainer.args.cache,
     }
+    values |= {field.name: getattr(trainer.args, field.name) for field in fields(StrategyArguments)}
     config = DiffusionGenerationConfig(**(values | extra))
     model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
     config, _ = model._resolve_generation_config(config)

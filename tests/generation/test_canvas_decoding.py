@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from dllm_trl.generation import DiffusionGenerationConfig, denoising_steps_per_block, generate_rollouts
 from dllm_trl.generation.cache import SlotCache
 from dllm_trl.generation.fused_forward import FusedForward
-from dllm_trl.generation.samplers import SAMPLERS, TokenScores
+from dllm_trl.generation.samplers import SAMPLERS, TokenScores, make_sampler
 from dllm_trl.generation.sampling import draw, mix, uniform
 from tests.trainers.tiny_rl import FULL, make_model
 
@@ -145,7 +145,7 @@ def definition(model, prompt, parameters, seed, cache, limit=None):
                 quota = width // steps + (step < width % steps) if step < steps else int(masked.sum())
             kwargs = {"confidence_threshold": p.confidence_threshold, "entropy_bound": p.entropy_bound}
             quota = torch.tensor([max(quota, forced)])
-            commit = SAMPLERS[p.remasking_strategy](scores, masked[None], quota, **kwargs)[0]
+            commit = make_sampler(p.remasking_strategy, kwargs)(scores, masked[None], quota)[0]
             where = commit.nonzero()[:, 0] + start
             ids[where] = tokens[commit[masked]]
             step_map[where - len(prompt)] = commits

@@ -8,7 +8,7 @@ import torch
 
 from dllm_trl.generation import DiffusionGenerationConfig, generate_rollouts
 from dllm_trl.generation.decoder import Decoder
-from dllm_trl.generation.samplers import SAMPLERS, TokenScores
+from dllm_trl.generation.samplers import SAMPLERS, TokenScores, make_sampler
 from dllm_trl.generation.sampling import draw, mix, uniform
 from dllm_trl.types import Grid, Round
 from tests.scoring.packing import pack
@@ -78,7 +78,7 @@ def uncached(model, prompt, limit, block, steps, strategy, seed, temperature, th
             scores = TokenScores(masked[None], picked, log_probs, partial(draw_uniform, row_seed, positions, step))
             quota = torch.tensor([block // steps + (step < block % steps)])
             kwargs = {"confidence_threshold": threshold, "entropy_bound": bound}
-            commit = SAMPLERS[strategy](scores, masked[None], quota, **kwargs)[0]
+            commit = make_sampler(strategy, kwargs)(scores, masked[None], quota)[0]
             where = commit.nonzero()[:, 0] + start
             ids[where] = tokens[commit[masked]]
             step_map[where - len(prompt)] = commits

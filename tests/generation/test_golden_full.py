@@ -20,7 +20,7 @@ from dllm_trl.generation import DiffusionGenerationConfig, denoising_steps_per_b
 from dllm_trl.generation.engine import decode
 from dllm_trl.generation.forward import StockForward
 from dllm_trl.generation.fused_forward import FusedForward
-from dllm_trl.generation.samplers import SAMPLERS, top_quota
+from dllm_trl.generation.samplers import make_sampler, top_quota
 
 
 GOLDEN = Path(os.environ.get("DLLM_TRL_GOLDEN", Path(__file__).parents[1] / "fixtures" / "golden"))
@@ -85,7 +85,7 @@ def first_token_first(sampler):
     """dLLM-RL's dream_sample.py without a cache: the first forward of a block commits its first token, no other."""
 
     def wrapped(scores, masked, quota, **kwargs):
-        commit = sampler(scores, masked, quota, **kwargs)
+        commit = sampler(scores, masked, quota)
         fresh = masked.all(-1, keepdim=True)
         return torch.where(fresh, torch.arange(masked.size(1)) == 0, commit)
 
@@ -182,7 +182,9 @@ def parameters(family, case):
         values["remasking_strategy"] = deferring(length, kwargs["steps"], threshold)
     if "dream_sample" in upstream and values["cache"] == "none":
         sampler = values["remasking_strategy"]
-        values["remasking_strategy"] = first_token_first(SAMPLERS.get(sampler, sampler))
+        values["remasking_strategy"] = first_token_first(
+            make_sampler(sampler, {"confidence_threshold": 0.9, "entropy_bound": 0.1} | values)
+        )
     if kwargs.get("confidence_eos_eot_inf"):
         values["remasking_strategy"] = without_confidence([case["eos_token_id"], case["eot_token_id"]])
     if kwargs.get("logits_eos_inf"):

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dllm_trl.generation.samplers import SAMPLERS, TokenScores, top_quota
+from dllm_trl.generation.samplers import SAMPLERS, TokenScores, make_sampler, top_quota
+from dllm_trl.generation.samplers.low_confidence_dynamic import LowConfidenceDynamic
 
 
 def scores_of(probabilities, masked):
@@ -33,7 +34,8 @@ PROBABILITIES = [[[0.5, 0.3, 0.2], [0.9, 0.05, 0.05], [1.0, 0.0, 0.0], [0.6, 0.3
 )
 def test_strategies(name, quota, expected):
     scores = scores_of(PROBABILITIES, MASKED)
-    commit = SAMPLERS[name](scores, MASKED, torch.tensor([quota]), confidence_threshold=0.7, entropy_bound=0.5)
+    sampler = make_sampler(name, {"confidence_threshold": 0.7, "entropy_bound": 0.5})
+    commit = sampler(scores, MASKED, torch.tensor([quota]))
     assert commit[0].nonzero()[:, 0].tolist() == expected
     assert not (commit & ~MASKED).any()
 
@@ -42,13 +44,12 @@ def test_margin_and_entropy_rank_differently():
     """Two distributions with the same best probability: margin looks at the second, entropy at all of them."""
     masked = torch.tensor([[True, True]])
     scores = scores_of([[[0.5, 0.25, 0.25, 0.0], [0.5, 0.3, 0.1, 0.1]]], masked)
-    kwargs = {"confidence_threshold": 0.0, "entropy_bound": 0.0}
     quota = torch.tensor([1])
-    assert SAMPLERS["margin"](scores, masked, quota, **kwargs).tolist() == [[True, False]]
-    assert SAMPLERS["entropy"](scores, masked, quota, **kwargs).tolist() == [[True, False]]
+    assert SAMPLERS["margin"](scores, masked, quota).tolist() == [[True, False]]
+    assert SAMPLERS["entropy"](scores, masked, quota).tolist() == [[True, False]]
     scores = scores_of([[[0.5, 0.49, 0.01, 0.0], [0.5, 0.2, 0.2, 0.1]]], masked)
-    assert SAMPLERS["margin"](scores, masked, quota, **kwargs).tolist() == [[False, True]]
-    assert SAMPLERS["entropy"](scores, masked, quota, **kwargs).tolist() == [[True, False]]
+    assert SAMPLERS["margin"](scores, masked, quota).tolist() == [[False, True]]
+    assert SAMPLERS["entropy"](scores, masked, quota).tolist() == [[True, False]]
 
 
 def test_ties_go_left_and_the_threshold_is_strict():
@@ -60,9 +61,9 @@ def test_ties_go_left_and_the_threshold_is_strict():
     ]
     masked = torch.ones(1, 2, dtype=torch.bool)
     scores = TokenScores(masked, torch.tensor([0.75, 0.8]).log(), torch.zeros(2, 2), None)
-    commit = SAMPLERS["low_confidence_dynamic"](scores, masked, torch.tensor([1]), confidence_threshold=0.75)
+    commit = LowConfidenceDynamic(0.75)(scores, masked, torch.tensor([1]))
     assert commit.tolist() == [[False, True]]
-    commit = SAMPLERS["low_confidence_dynamic"](scores, masked, torch.tensor([0]), confidence_threshold=0.9)
+    commit = LowConfidenceDynamic(0.9)(scores, masked, torch.tensor([0]))
     assert not commit.any()
 
 

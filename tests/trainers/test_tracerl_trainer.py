@@ -240,8 +240,9 @@ def test_training_twice(tmp_path):
 def test_generation_kwargs(tmp_path):
     """They reach the decoding config; ids to suppress come on top of the vocabulary's padding."""
     kwargs = {"denoising_schedule": "dream", "suppress_tokens": [7, 8]}
-    trainer = make_trainer(tmp_path, make_model(vocab_size=60), generation_kwargs=kwargs)
+    trainer = make_trainer(tmp_path, make_model(vocab_size=60), generation_kwargs=kwargs, entropy_bound=0.7)
     assert trainer.generation_config.denoising_schedule == "dream"
+    assert (trainer.generation_config.entropy_bound, trainer.generation_config.confidence_threshold) == (0.7, 0.9)
     padding = list(range(len(trainer.processing_class), 60))
     assert padding and trainer.generation_config.suppress_tokens == [7, 8, *padding]
 

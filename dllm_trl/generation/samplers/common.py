@@ -1,7 +1,9 @@
 """What the remasking strategies share: the scores of the sampled tokens and the ranking of masked positions."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cached_property, wraps
+from typing import Any
 
 import torch
 
@@ -71,6 +73,11 @@ def top_quota(score: torch.Tensor, masked: torch.Tensor, quota: torch.Tensor) ->
     """The `quota` `(B,)` masked positions of highest `score` in each row `(B, W)`; of equal ones the leftmost."""
     order = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     return masked & (order.argsort(dim=-1) < quota[:, None])
+
+
+def built(kind: type, values: dict[str, Any]) -> Any:
+    """An instance of the dataclass `kind` whose fields are those of `values` by their names, where these are set."""
+    return kind(**{field.name: values[field.name] for field in fields(kind) if values.get(field.name) is not None})
 
 
 def checked(strategy: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
