@@ -183,3 +183,22 @@ def check_siblings(name: str, number: int, config: DiffusionGenerationConfig) ->
             f"`{name}` ({number}) > 1 needs sampling, since greedy responses to one prompt are all the same: set "
             f"`do_sample=True` or a `temperature` above 0, or `{name}=1`."
         )
+
+
+def check_masks(name: str, prompts: list[np.ndarray], mask_token_id: int | None, model_config, fills: bool) -> None:
+    """Raises for a mask token in a prompt, unless the caller `fills` it and the model can: by full attention."""
+    full = model_config.diffusion_attention == "full"
+    for i, prompt in enumerate(prompts):
+        places = (prompt == mask_token_id).nonzero()[0]
+        if not len(places) or (full and fills):
+            continue
+        found = f"{name}[{i}] holds the mask token (id {mask_token_id}) at position {places[0]} of its tokens"
+        if not full:
+            raise ValueError(
+                f"{found}: `{model_config.model_type}` decodes block after block and never comes back to a prompt, so "
+                "it cannot fill it; `generate` of a family with full attention does. Leave masks out of the prompt."
+            )
+        raise ValueError(
+            f"{found}: a rollout tells when the tokens of the response were committed, not those of the prompt. "
+            "Leave masks out of the prompt."
+        )

@@ -19,6 +19,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, ModelOutput, cached_file
 from ..types import DiffusionRollout
 from .checks import (
     check_integer,
+    check_masks,
     check_siblings,
     decodable,
     prompt_batch,
@@ -280,6 +281,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         )
         prompts = [row[mask] for row, mask in zip(inputs.cpu().numpy(), attention_mask.bool().cpu().numpy())]
         self._check_prompts(prompts, [limit] * len(prompts))
+        check_masks("input_ids", prompts, config.mask_token_id, self.config, fills=True)
         if streamer is not None:
             streamer.put(inputs.cpu())
         rollout = decode(self, prompts, [limit] * len(prompts), plan, config.num_return_sequences, streamer=streamer)
@@ -365,6 +367,7 @@ def rollout_inputs(
         limits = [config.max_new_tokens] * len(prompts)
     arrays = [token_ids(f"`prompts[{i}]`", prompt) for i, prompt in enumerate(prompts)]
     model._check_prompts(arrays, limits)
+    check_masks("prompts", arrays, config.mask_token_id, model.config, fills=False)
     return model, arrays, limits, config
 
 

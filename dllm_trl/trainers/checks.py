@@ -239,15 +239,22 @@ def check_reward_columns(reward_funcs, name: str, dataset) -> None:
             )
 
 
-def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]], limit: int | None) -> None:
+def check_prompts(
+    name: str,
+    dataset,
+    tokenize: Callable[[list], list[list[int]]],
+    limit: int | None,
+    mask: str | None,
+    mask_token_id: int,
+) -> None:
     """
-    Raises if a prompt of a map-style dataset is neither text nor messages, empty or longer than `limit` tokens. The
-    first is tokenized, and those that might be too long; those of an iterable dataset are checked when their turn
-    comes.
+    Raises if a prompt of a map-style dataset is neither text nor messages, empty, longer than `limit` tokens, or
+    spells the `mask`. The first is tokenized, and those that might be wrong; those of an iterable dataset are checked
+    when their turn comes.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
-            check_prompts(f"{name}[{key!r}]", part, tokenize, limit)
+            check_prompts(f"{name}[{key!r}]", part, tokenize, limit, mask, mask_token_id)
         return
     if not isinstance(dataset, Dataset):
         return
@@ -267,7 +274,8 @@ def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]
             with naming_template("processing_class"):
                 tokenize([prompt])
         text = prompt if isinstance(prompt, str) else str(prompt)
-        if limit is not None and len(text.encode()) + _TEMPLATE_BYTES > limit:
+        long = limit is not None and len(text.encode()) + _TEMPLATE_BYTES > limit
+        if long or (mask and mask in text):
             suspects.append(index)
             prompts.append(prompt)
     for start in range(0, len(prompts), 256):
@@ -275,7 +283,13 @@ def check_prompts(name: str, dataset, tokenize: Callable[[list], list[list[int]]
         for index, ids in zip(suspects[start : start + 256], tokenized, strict=True):
             if len(ids) == 0:
                 raise ValueError(f"`{name}[{index}]['prompt']` has no tokens. Filter such rows out.")
-            if len(ids) > limit:
+            if mask_token_id in ids:
+                raise ValueError(
+                    f"`{name}[{index}]['prompt']` holds the mask token {mask!r} (id {mask_token_id}), which stands "
+                    "for what is not decoded yet, and a rollout does not fill it. Filter such rows out: "
+                    f"`{name}.filter(lambda row: {mask!r} not in str(row['prompt']))`."
+                )
+            if limit is not None and len(ids) > limit:
                 raise ValueError(
                     f"`{name}[{index}]['prompt']` has {len(ids)} tokens, but the model's context leaves room for "
                     f"{limit} besides `max_completion_length`. Filter long prompts out, or lower "
@@ -305,7 +319,14 @@ def check_context(trainer) -> None:
         )
     for name in ("train_dataset", "eval_dataset"):
         if getattr(trainer, name) is not None:
-            check_prompts(name, getattr(trainer, name), lambda prompts: trainer._tokenize_prompts(prompts)[0], limit)
+            check_prompts(
+                name,
+                getattr(trainer, name),
+                lambda prompts: trainer._tokenize_prompts(prompts)[0],
+                limit,
+                trainer._tokenizer.convert_ids_to_tokens(trainer.mask_token_id),
+                trainer.mask_token_id,
+            )
 
 
 class _Naming:
