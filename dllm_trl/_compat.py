@@ -134,6 +134,33 @@ def register_lora_targets(model_type: str, target_modules: list[str]) -> None:
         defaults.setdefault(model_type, target_modules)
 
 
+def offloaded_to(module: "nn.Module") -> "torch.device | None":  # noqa: F821
+    """Where accelerate's hooks bring the weights of `module` for a forward, `None` without such hooks."""
+    import torch
+
+    for part in module.modules():  # an adapter wraps the module that has the hook
+        hook = getattr(part, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):  # several in a row
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    return None
+
+
+def take_mixed_adapters(model: "nn.Module") -> list[str] | None:  # noqa: F821
+    """
+    The `adapter_names` of the `PeftModel.generate` that is running. PEFT moves the argument into hooks, and leaves
+    them there when an error comes out of `generate`, so they are taken off.
+    """
+    names = None
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if "adapter_names" in getattr(hook, "keywords", {}):
+                names = hook.keywords["adapter_names"]
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return names
+
+
 def use_small_logprob_tiles(device_type: str) -> None:
     """
     Make TRL's fused head work on tiles that fit a CPU: twice as fast there, and an eighth of the memory.

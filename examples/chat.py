@@ -46,7 +46,7 @@ def main(name: str) -> None:
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
         streamer = Drafts(tokenizer)
-        model.generate(**inputs, streamer=streamer)
+        model.generate(**inputs, streamer=streamer, tokenizer=tokenizer)
         messages.append({"role": "assistant", "content": tokenizer.decode(streamer.ids, skip_special_tokens=True)})
 
 

@@ -56,7 +56,7 @@ def make_server(name: str, port: int) -> ThreadingHTTPServer:
                 self.wfile.flush()
 
             with one_at_a_time:
-                model.generate(**inputs, streamer=Events(tokenizer, send))
+                model.generate(**inputs, streamer=Events(tokenizer, send), tokenizer=tokenizer)
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from ..generation import DiffusionGenerationConfig, generate_rollouts
 from ..generation.checks import check_config, check_integer, is_conversation, naming_template
 from ..generation.mixin import rollout_inputs
+from ..generation.vocabulary import decode_texts
 from ..rewards import math_reward
 
 
@@ -94,10 +95,10 @@ def _with_eos(model, tokenizer, generation_config: GenerationConfig | None) -> t
     return config, set(torch.tensor(named[:1]).flatten().tolist())
 
 
-def _effective(model, generation_config: GenerationConfig, seed: int) -> dict[str, Any]:
+def _effective(model, tokenizer, generation_config: GenerationConfig, seed: int) -> dict[str, Any]:
     """What decoding with that config means for that model."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config, _ = model._resolve_generation_config(generation_config, seed=seed)
+    config, _ = model._resolve_generation_config(generation_config, tokenizer, seed=seed)
     config.block_length = config.block_length or config.max_new_tokens  # full attention: the whole response
     config.denoising_steps = config.denoising_steps or config.block_length
     about_the_call = ("num_return_sequences", "return_dict_in_generate", "transformers_version")
@@ -127,7 +128,7 @@ def evaluate_accuracy(
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A diffusion language model. It is put into evaluation mode meanwhile.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
+            Its tokenizer. Ids that it has no token for are never sampled.
         problems (list of `dict`, or [`~datasets.Dataset`]):
             Each has a `"prompt"`, text or messages (then the chat template is applied), and the columns that
             `reward_func` asks for: `"answer"` or `"solution"` for [`~rewards.math_reward`].
@@ -173,7 +174,8 @@ def evaluate_accuracy(
     if seed is None:
         seed = getattr(config, "seed", None) or 0
     prompts = [_tokenize(tokenizer, problem["prompt"], chat_template_kwargs or {}) for problem in problems]
-    rollout_inputs(model, prompts, config, num_slots=num_slots, seed=seed)  # all of them, before the first is decoded
+    # All of them, before the first is decoded
+    rollout_inputs(model, prompts, config, num_slots=num_slots, seed=seed, tokenizer=tokenizer)
     records, committed, forwards = [], 0, 0
     was_training = model.training
     model.eval()
@@ -204,7 +206,7 @@ def evaluate_accuracy(
         tokens_per_forward=committed / max(forwards, 1),
         mean_completion_length=sum(record["completion_length"] for record in records) / len(records),
         eos_share=sum(record["ended_with_eos"] for record in records) / len(records),
-        decoding=_effective(model, config, seed),
+        decoding=_effective(model, tokenizer, config, seed),
         records=records,
     )
 
@@ -212,7 +214,7 @@ def evaluate_accuracy(
 def _judge(tokenizer, problems, rollout, reward_func, eos_ids: set[int]) -> list[dict[str, Any]]:
     lengths = rollout.completion_mask.sum(1).tolist()
     ids = [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = decode_texts(tokenizer, ids, skip_special_tokens=True)
     columns = {key: [problem[key] for problem in problems] for key in problems[0] if key != "prompt"}
     prompts = [problem["prompt"] for problem in problems]
     completions = [

@@ -10,6 +10,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
+from .._compat import take_mixed_adapters
 from .configuration import DiffusionGenerationConfig
 
 
@@ -39,6 +40,17 @@ def decodable(model: Any) -> Any:
         )
         raise ValueError(f"`model` must be a diffusion language model with its head, but is {_shown(model)}: {mend}.")
     return inner
+
+
+def check_one_adapter(model: Any, adapter_names: list[str] | None) -> None:
+    """Raises if the rows of a batch are to go through different adapters."""
+    names = take_mixed_adapters(model) if adapter_names is None else adapter_names
+    if names is not None:
+        raise ValueError(
+            f"`adapter_names={_shown(names)}` is not supported by diffusion decoding, whose forwards do not hold the "
+            "rows of the batch in order. Decode the rows of each adapter in a call of their own, after "
+            "`model.set_adapter(name)`."
+        )
 
 
 def prompt_batch(

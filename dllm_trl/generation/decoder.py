@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessorList
 
-from .forward import Span, make_forward
+from .forward import Span, execution_device, make_forward
 from .progress import RolloutBar
 from .samplers import TokenScores
 from .sampling import draw, uniform
@@ -127,7 +127,7 @@ class Decoder(ABC):
     ):
         self.model, self.plan, self.streamer, self.show_progress = model, plan, streamer, show_progress
         self.forward = make_forward(model, fused)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = execution_device(model)
 
     def run(self, rows: list[Row], num_slots: int) -> None:
         """Decodes `rows`, in place."""

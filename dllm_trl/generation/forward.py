@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from .._compat import offloaded_to
 from .cache import Prefix, SlotCache, SlotView
 from .fused_forward import FusedForward
 
@@ -132,10 +133,17 @@ def _ramp(weights: torch.Tensor) -> torch.Tensor:
     return torch.linspace(1, 2, weights.size(-1), dtype=weights.dtype, device=weights.device)
 
 
+def execution_device(model: nn.Module) -> torch.device:
+    """Where the model computes. Under accelerate's offloading its weights are elsewhere between forwards."""
+    embeddings = model.get_input_embeddings()
+    device = offloaded_to(embeddings)
+    return embeddings.weight.device if device is None else device
+
+
 def make_forward(model: nn.Module, fused: bool | None = None) -> "StockForward | FusedForward":
     """The fastest forward that computes what `model` computes; `fused` forces one of the two."""
     # Autocast picks a type for each operation of the modules: only they compute what the trainer computes under it
-    autocast = torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
+    autocast = torch.is_autocast_enabled(execution_device(model).type)
     supported = FusedForward.supports(model) and not autocast
     if fused and not supported:
         raise ValueError(

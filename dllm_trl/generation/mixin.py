@@ -20,6 +20,7 @@ from ..types import DiffusionRollout
 from .checks import (
     check_integer,
     check_masks,
+    check_one_adapter,
     check_siblings,
     decodable,
     prompt_batch,
@@ -30,6 +31,7 @@ from .checks import (
 from .configuration import ARGUMENTS, METHODS, DiffusionGenerationConfig
 from .decoder import DecodingPlan
 from .engine import decode
+from .forward import execution_device
 from .processors import make_place_rules, make_processors, make_warpers, make_watermark
 from .resolve import as_ids, check_vocabulary, resolve
 from .samplers import make_sampler
@@ -137,9 +139,9 @@ class DiffusionGenerationMixin(GenerationMixin):
                 ) from error
 
     def _resolve_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs
+        self, generation_config: GenerationConfig | None, tokenizer=None, **kwargs
     ) -> tuple[DiffusionGenerationConfig, dict[str, Any]]:
-        return resolve(self, generation_config, kwargs)
+        return resolve(self, generation_config, kwargs, tokenizer)
 
     def _decoding_plan(
         self,
@@ -151,7 +153,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         shape: tuple[int, int] = (1, 0),
     ) -> DecodingPlan:
         """The parameters of one run; `shape` is that of the batch: rows and width of the prompts."""
-        device = self.get_input_embeddings().weight.device
+        device = execution_device(self)
         check_vocabulary(config, self.config.vocab_size)
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.max_time is not None:
@@ -236,7 +238,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             prefix_allowed_tokens_fn (`Callable`, *optional*):
                 As in transformers. Tokens must be committed from left to right, one by one.
             kwargs:
-                Fields of [`DiffusionGenerationConfig`], and `tokenizer` for `stop_strings`.
+                Fields of [`DiffusionGenerationConfig`], and `tokenizer`: for `stop_strings`, and so that no id is
+                sampled that it has no token for. Without it the rows of an embedding that is wider than its
+                tokenizer are sampled like all others.
 
         Returns:
             [`DiffusionGenerateOutput`] or `torch.LongTensor` of shape `(B, P+R)`: prompt and response.
@@ -245,6 +249,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             ValueError: an argument is unknown, out of range, or not defined for diffusion decoding.
         """
         inputs = kwargs.pop("input_ids", inputs)
+        check_one_adapter(self, kwargs.pop("adapter_names", None))
         for name in ARGUMENTS:
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"`{name}` is not supported by diffusion decoding; leave it out.")
@@ -252,7 +257,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         inputs = torch.from_numpy(token_ids("`input_ids`", inputs)).to(inputs.device)
         kwargs.pop("synced_gpus", None)  # accepted for transformers' callers
         tokenizer = kwargs.pop("tokenizer", None)
-        config, unused = self._resolve_generation_config(generation_config, **kwargs)
+        config, unused = self._resolve_generation_config(generation_config, tokenizer, **kwargs)
         if unused:
             raise ValueError(f"`generate` got unknown arguments {sorted(unused)}; check their spelling.")
         if attention_mask is None:
@@ -338,6 +343,7 @@ def rollout_inputs(
     seed: int | None = None,
     index_offset: int = 0,
     fused: bool | None = None,
+    tokenizer=None,
 ) -> tuple[Any, list[np.ndarray], list[int], DiffusionGenerationConfig]:
     """
     The arguments of [`generate_rollouts`], checked: the model that decodes, the ids and the limit of each prompt, and
@@ -354,7 +360,7 @@ def rollout_inputs(
     given = {} if seed is None else {"seed": seed}
     if limits is not None:
         given["max_new_tokens"] = max(limits)
-    config, _ = model._resolve_generation_config(generation_config, **given)
+    config, _ = model._resolve_generation_config(generation_config, tokenizer, **given)
     if config.num_return_sequences not in (1, num_generations):
         raise ValueError(
             f"`num_return_sequences={config.num_return_sequences}` is `generate`'s; here it is `num_generations`, "
@@ -411,13 +417,22 @@ def generate_rollouts(
         show_progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar: rows that are done, tokens per second, tokens per forward.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            For `stop_strings`.
+            The model's: for `stop_strings`, and so that no id is sampled that it has no token for.
 
     Returns:
         [`DiffusionRollout`]: on CPU, rows in the order of the prompts.
     """
     model, arrays, limits, config = rollout_inputs(
-        model, prompts, generation_config, num_generations, max_new_tokens, num_slots, seed, index_offset, fused
+        model,
+        prompts,
+        generation_config,
+        num_generations,
+        max_new_tokens,
+        num_slots,
+        seed,
+        index_offset,
+        fused,
+        tokenizer,
     )
     shape = len(arrays) * num_generations, max(map(len, arrays))
     plan = model._decoding_plan(config, tokenizer=tokenizer, shape=shape)

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, WatermarkingConfig
 from .checks import check_config
 from .configuration import DiffusionGenerationConfig, check_refused, check_types, reject_renamed
 from .samplers import parameters
+from .vocabulary import suppressed_ids
 
 
 LENGTHS = {"max_new_tokens", "max_length"}
@@ -23,11 +24,12 @@ def as_ids(value: Any) -> list[int]:
 
 
 def resolve(
-    model, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    model, generation_config: GenerationConfig | None, kwargs: dict[str, Any], tokenizer=None
 ) -> tuple[DiffusionGenerationConfig, dict[str, Any]]:
     """
     Call kwargs > passed config > the checkpoint's `generation_config.json` > the model's config > the library. Returns
-    the config with every field set and the kwargs that are none of its fields.
+    the config with every field set and the kwargs that are none of its fields. With a `tokenizer`, `suppress_tokens`
+    has all ids that no text holds.
     """
     reject_renamed(kwargs)
     check_config(generation_config)
@@ -37,7 +39,7 @@ def resolve(
     own = [settings(given), settings(vars(generation_config or config))]
     sources = [*own, settings(vars(model.generation_config)), settings(model.config.generation_defaults)]
     values = merge(sources, model.config.generation_synonyms)
-    for key, value in translate(values, model.config, own[0].keys() | own[1].keys()).items():
+    for key, value in translate(values, model.config, own[0].keys() | own[1].keys(), tokenizer).items():
         if getattr(config, key, None) is None:  # else a file names what is a method here
             setattr(config, key, value)
     check(config, model)
@@ -58,7 +60,7 @@ def merge(sources: list[dict[str, Any]], synonyms: tuple[set[str], ...]) -> dict
     return values | {"do_sample": bool(do_sample) and values["temperature"] > 0}
 
 
-def translate(values: dict[str, Any], model_config, named: set[str]) -> dict[str, Any]:
+def translate(values: dict[str, Any], model_config, named: set[str], tokenizer=None) -> dict[str, Any]:
     """
     Merged `values` in the words of this package, and from the model's config what they leave open. `named` are those
     that the caller named, not the checkpoint.
@@ -73,8 +75,10 @@ def translate(values: dict[str, Any], model_config, named: set[str]) -> dict[str
     if "pad_token_id" not in values:
         eos = [token for token in as_ids(values["eos_token_id"]) if token >= 0]
         values["pad_token_id"] = (eos or [0])[0] if model_config.pad_token_id is None else model_config.pad_token_id
-    # Ids that the family never samples, unless the caller says which ones
-    never = [] if "suppress_tokens" in named else model_config.suppressed_token_ids
+    if tokenizer is not None:
+        never = suppressed_ids(model_config, tokenizer)
+    else:  # ids that the family never samples, unless the caller says which ones
+        never = [] if "suppress_tokens" in named else model_config.suppressed_token_ids
     suppressed = values.get("suppress_tokens")
     values["suppress_tokens"] = sorted({*as_ids(suppressed), *never}) or suppressed
     values.setdefault("cache", "none" if model_config.diffusion_attention == "full" else "exact")

@@ -1,6 +1,8 @@
 """Where responses come from. The trainer asks for them here; what decodes them is its own business."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Protocol
 
@@ -65,6 +67,7 @@ class EngineRollouts:
             whole_weights(model),
             evaluating(model),
             trainer.accelerator.autocast(),
+            naming_the_run(args.output_dir, trainer.state.global_step),
         ):
             return generate_rollouts(
                 model,
@@ -78,13 +81,20 @@ class EngineRollouts:
             )
 
 
+@contextmanager
+def naming_the_run(output_dir: str, step: int) -> Iterator[None]:
+    """Context in which logits that are NaN say which weights gave them."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"Rollout with the weights after optimizer step {step} of the run in `output_dir={output_dir!r}`: {error}"
+        ) from error
+
+
 def make_parameters(trainer) -> DiffusionGenerationConfig:
     """All of sampling comes from the trainer's config, all else from there or from the checkpoint."""
     extra = dict(trainer.args.generation_kwargs or {})
-    # Rows of the embedding beyond the tokenizer are padding and decode to nothing
-    padding = range(len(trainer._tokenizer), trainer.model.config.vocab_size)
-    never = trainer.model.config.suppressed_token_ids
-    suppressed = {*padding, *never, *(extra.pop("suppress_tokens", None) or [])}
     values = OFF | {
         "max_new_tokens": trainer.max_completion_length,
         "do_sample": True,
@@ -96,7 +106,6 @@ def make_parameters(trainer) -> DiffusionGenerationConfig:
         "pad_token_id": trainer._tokenizer.pad_token_id,
         "bos_token_id": trainer._tokenizer.bos_token_id,
         "eos_token_id": trainer.eos_token_ids,
-        "suppress_tokens": sorted(suppressed) or None,
         "mask_token_id": trainer.mask_token_id,
         "block_length": trainer.block_length,
         "denoising_steps": trainer.args.denoising_steps or min(trainer.block_length, trainer.max_completion_length),
@@ -106,7 +115,7 @@ def make_parameters(trainer) -> DiffusionGenerationConfig:
     values |= {field.name: getattr(trainer.args, field.name) for field in fields(StrategyArguments)}
     config = DiffusionGenerationConfig(**(values | extra))
     model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
-    config, _ = model._resolve_generation_config(config)
+    config, _ = model._resolve_generation_config(config, trainer._tokenizer)
     return config
 
 

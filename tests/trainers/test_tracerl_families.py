@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from dllm_trl.generation import generate_rollouts
 from dllm_trl.objectives.trace import TraceObjective
@@ -177,3 +178,16 @@ def test_peft(tmp_path, family):
     trainer.train()
     assert {name.split(".")[-3] for name in changed(trainer, before)} <= {"lora_A", "lora_B"} != set()
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_logits_that_are_nan_name_the_step_and_the_run(tmp_path, family):
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 1:
+                model.get_output_embeddings().weight.data.fill_(torch.nan)
+
+    trainer = make_trainer(tmp_path, make_model(family), max_steps=3, callbacks=[Diverge()])
+    where = f"optimizer step 1 of the run in `output_dir={str(tmp_path)!r}`: .*NaN or infinite in row 0"
+    with pytest.raises(FloatingPointError, match=where):
+        trainer.train()
