@@ -21,7 +21,7 @@ from trl import TrlParser
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer, TraceRLConfig, TraceRLTrainer
 from dllm_trl.evaluation import evaluate_accuracy
 from dllm_trl.generation import generate_rollouts
-from dllm_trl.generation.trace import save_trace_html
+from dllm_trl.generation.trace_viewer import save_trace_html
 from dllm_trl.rewards import math_reward
 
 

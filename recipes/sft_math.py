@@ -15,54 +15,19 @@ With no model and no dataset, a tiny model is made and fine-tuned on word proble
 
 import sys
 
-from _data import (
-    DataArguments,
-    check_names,
-    drop_long_prompts,
-    load_table,
-    load_tokenizer,
-    make_parser,
-    names_nothing,
-    open_answers,
-    resume_point,
-    to_examples,
-)
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from _data import DataArguments, make_parser, names_nothing, to_examples
+from _main import train
+from datasets import Dataset
+from trl import ModelConfig
 
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer
-from dllm_trl.trainers.processes import end_processes
 
 
 def main(data_args: DataArguments, training_args: DiffusionSFTConfig, model_args: ModelConfig) -> None:
-    check_names(data_args, model_args.model_name_or_path)
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, data_args.chat_template)
+    def prepare(dataset: Dataset) -> Dataset:
+        return to_examples(dataset, data_args.instruction)
 
-    def load(split: str):
-        dataset = load_table(data_args.dataset_name, data_args.dataset_config, split)
-        dataset = to_examples(dataset, data_args.instruction)
-        dataset = open_answers(dataset, tokenizer, data_args.generation_prompt)
-        return drop_long_prompts(dataset, tokenizer, data_args.max_prompt_length)
-
-    trainer = DiffusionSFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=load(data_args.dataset_train_split),
-        eval_dataset=load(data_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
-    trainer.save_model()
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data_args.dataset_name)
-    end_processes(trainer.accelerator)
+    train(DiffusionSFTTrainer, prepare, data_args, training_args, model_args)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def evaluate_accuracy(
                     index_offset=start,
                     tokenizer=tokenizer,
                 )
-                records += _judge(tokenizer, problems[part], rollout, reward_func, eos_ids)
+                records += _to_records(tokenizer, problems[part], rollout, reward_func, eos_ids)
                 committed += (rollout.step_map >= 0).sum().item()
                 forwards += rollout.num_forward_passes.sum().item()
                 progress.update(len(rollout))
@@ -211,7 +211,7 @@ def evaluate_accuracy(
     )
 
 
-def _judge(tokenizer, problems, rollout, reward_func, eos_ids: set[int]) -> list[dict[str, Any]]:
+def _to_records(tokenizer, problems, rollout, reward_func, eos_ids: set[int]) -> list[dict[str, Any]]:
     lengths = rollout.completion_mask.sum(1).tolist()
     ids = [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)]
     texts = decode_texts(tokenizer, ids, skip_special_tokens=True)

@@ -62,7 +62,7 @@ class DiffusionGenerateOutput(ModelOutput):
         tokens_per_forward (`float`):
             Committed tokens / denoising forwards, over the batch.
         rollout ([`DiffusionRollout`]):
-            The same with the prompts and the blocks: what [`~generation.trace.save_trace_html`] draws.
+            The same with the prompts and the blocks: what [`~generation.trace_viewer.save_trace_html`] draws.
     """
 
     sequences: torch.LongTensor | None = None

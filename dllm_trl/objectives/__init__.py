@@ -5,7 +5,7 @@ from dataclasses import fields
 
 from .ar import AutoregressiveObjective
 from .base import FunctionObjective, LossInputs, LossOutputs, Objective, Random, make_objective
-from .block import BlockObjective
+from .block_mask import BlockObjective
 from .random_mask import RandomMaskObjective
 from .semi_ar import SemiAutoregressiveObjective
 from .trace import TraceObjective

@@ -7,7 +7,7 @@ import torch
 
 from ..types import Round, Rows
 from .base import Objective, Random
-from .block import mask_probability
+from .block_mask import mask_probability
 from .cart import cart_weights
 
 
@@ -47,9 +47,9 @@ class RandomMaskObjective(Objective):
         trained = rows.trained
         probability = mask_probability(rows.draws["level"], self.eps, self.largest).expand(trained.shape)
         drawn = trained & (rows.draws["uniform"] < probability)
-        return [Round(masked=drawn, scored=drawn, loss_weight=self._weight(rows, drawn, probability))]
+        return [Round(masked=drawn, scored=drawn, loss_weight=self._loss_weight(rows, drawn, probability))]
 
-    def _weight(self, rows: Rows, drawn: torch.Tensor, probability: torch.Tensor) -> torch.Tensor | None:
+    def _loss_weight(self, rows: Rows, drawn: torch.Tensor, probability: torch.Tensor) -> torch.Tensor | None:
         if self.weighting == "elbo":
             return 1 / probability
         if self.weighting == "mean":

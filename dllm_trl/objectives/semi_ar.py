@@ -7,7 +7,7 @@ import torch
 
 from ..types import Grid, Round, Rows
 from .base import Objective, Random
-from .block import mask_probability
+from .block_mask import mask_probability
 
 
 def slice_round(slices: torch.Tensor, current: torch.Tensor, drawn: torch.Tensor, trained: torch.Tensor) -> Round:

@@ -200,19 +200,19 @@ def check_dataset(name: str, dataset) -> None:
         raise ValueError(f"`{name}` has no rows. Was everything filtered out?")
 
 
-def check_columns(name: str, dataset, required: str = "prompt") -> None:
-    """Raises if a dataset (or one of a dict of them) is known to lack a column."""
+def check_prompt_column(name: str, dataset) -> None:
+    """Raises if a dataset (or one of a dict of them) is known to lack the column `prompt`."""
     if isinstance(dataset, dict):
         for key, part in dataset.items():
-            check_columns(f"{name}[{key!r}]", part, required)
+            check_prompt_column(f"{name}[{key!r}]", part)
         return
     if dataset is not None:
         check_dataset(name, dataset)
     columns = getattr(dataset, "column_names", None)
-    if columns is not None and required not in columns:
+    if columns is not None and "prompt" not in columns:
         raise ValueError(
-            f"`{name}` has no column `{required}`, only {list(columns)}. Rename the column that holds the prompts: "
-            f"`{name}.rename_column(..., {required!r})`."
+            f"`{name}` has no column `prompt`, only {list(columns)}. Rename the column that holds the prompts: "
+            f"`{name}.rename_column(..., 'prompt')`."
         )
 
 

@@ -18,7 +18,6 @@ from ..types import DiffusionRollout, Grid, Round, Rows
 from .advantages import Estimator, GroupEstimator, SignalWatch, is_overlong
 from .checks import (
     check_attention,
-    check_columns,
     check_context,
     check_enough_prompts,
     check_eos,
@@ -26,6 +25,7 @@ from .checks import (
     check_options,
     check_peft,
     check_precision,
+    check_prompt_column,
     check_reward_columns,
     check_router_loss,
     check_sharding,
@@ -142,7 +142,7 @@ class DiffusionGRPOTrainer(
         use_cache = config.use_cache
         check_router_loss(config, args)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_columns(name, dataset)
+            check_prompt_column(name, dataset)
             check_reward_columns(reward_funcs, name, dataset)
         self.objective = self._default_objective(args)
         if objective is not None:

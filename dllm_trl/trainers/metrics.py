@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-# Metrics that are an extreme of all values, not their weighted mean
+# Metrics that are an extreme of all values, not their mean
 EXTREMES = {
     "completions/min_length": min,
     "completions/max_length": max,
@@ -22,41 +22,41 @@ EXTREMES = {
 }
 
 
-def reduce_metric(name: str, values: Sequence[float], weights: Sequence[float]) -> float:
+def reduce_metric(name: str, values: Sequence[float], counts: Sequence[float]) -> float:
     """
-    The one value to log of some, each standing for `weights` tokens or rows. Without any it is NaN, or as in TRL 0 for
+    The one value to log of some, each standing for `counts` tokens or rows. Without any it is NaN, or as in TRL 0 for
     lengths of responses that ended.
     """
-    values, weights = np.array(values), np.array(weights)
-    known = ~np.isnan(values) & (weights > 0)
-    values, weights = values[known], weights[known]
+    values, counts = np.array(values), np.array(counts)
+    known = ~np.isnan(values) & (counts > 0)
+    values, counts = values[known], counts[known]
     if not len(values):
         return 0.0 if name.endswith("_terminated_length") else math.nan
     if name in EXTREMES:
         return float(EXTREMES[name](values))
     if name == "reward_std" or (name.startswith("rewards/") and name.endswith("/std")):  # of rows
         return float(values.std(ddof=1)) if len(values) > 1 else math.nan
-    return float((values * weights).sum() / weights.sum())
+    return float((values * counts).sum() / counts.sum())
 
 
 def new_notes() -> dict[str, dict[str, tuple[array, array]]]:
-    """Per mode and name of a metric: values and their weights."""
+    """Per mode and name of a metric: values and their counts."""
     return {mode: defaultdict(lambda: (array("d"), array("d"))) for mode in ("train", "eval")}
 
 
 class RatioMetricsMixin:
     """
     For a [`~trl.SFTTrainer`] or [`~trl.GRPOTrainer`], whose `_metrics` are lists that `log` averages: values that do
-    not stand for equally much are noted here with their weights, and `log` finds one value of each in its list. So a
+    not stand for equally much are noted here with their counts, and `log` finds one value of each in its list. So a
     metric is the same for every batch size, number of accumulation steps and number of processes. The trainer sets
     `_notes` to [`new_notes`]. Mixed in before the trainer's class.
     """
 
-    def _note(self, name: str, value: float, weight: float = 1.0) -> None:
-        """Notes a value that is the same on all processes and stands for `weight` tokens or rows of all of them."""
-        values, weights = self._notes[self._mode][name]
+    def _note(self, name: str, value: float, count: float = 1.0) -> None:
+        """Notes a value that is the same on all processes and stands for `count` tokens or rows of all of them."""
+        values, counts = self._notes[self._mode][name]
         values.append(value)
-        weights.append(weight)
+        counts.append(count)
 
     def _note_ratios(self, sums: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Notes `{name: (total, count)}`, 0-d tensors of this process."""
@@ -70,9 +70,9 @@ class RatioMetricsMixin:
         table = torch.stack([counted, *rows.values()], dim=1).float()
         counted, *columns = self.accelerator.gather(table).unbind(1)
         for name, column in zip(rows, columns, strict=True):
-            values, weights = self._notes[self._mode][name]
+            values, counts = self._notes[self._mode][name]
             values.extend(column[counted.bool()].tolist())
-            weights.extend([1.0] * (len(values) - len(weights)))
+            counts.extend([1.0] * (len(values) - len(counts)))
 
     @property
     def _mode(self) -> str:
@@ -91,8 +91,8 @@ class RatioMetricsMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         notes = self._notes[self._mode]
-        for name, (values, weights) in notes.items():
-            self._metrics[self._mode][name] = [reduce_metric(name, values, weights)]
+        for name, (values, counts) in notes.items():
+            self._metrics[self._mode][name] = [reduce_metric(name, values, counts)]
         notes.clear()
         super().log(logs, start_time)
 
@@ -106,8 +106,8 @@ class RatioMetricsMixin:
         )
         if "loss" in self._notes["eval"]:
             # transformers averages the losses of the batches, whatever they hold
-            values, weights = map(np.array, self._notes["eval"].pop("loss"))
+            values, counts = map(np.array, self._notes["eval"].pop("loss"))
             finite = np.isfinite(values) | (not self.args.logging_nan_inf_filter)
             finite |= not finite.any()
-            output.metrics[f"{metric_key_prefix}_loss"] = reduce_metric("loss", values[finite], weights[finite])
+            output.metrics[f"{metric_key_prefix}_loss"] = reduce_metric("loss", values[finite], counts[finite])
         return output

@@ -16,13 +16,13 @@ from ..generation.checks import is_conversation
 from .checks import check_dataset
 
 
-def check_columns(name: str, dataset, text_field: str) -> None:
+def check_sft_columns(name: str, dataset, text_field: str) -> None:
     """Raises if a dataset (or one of a dict of them) has none of the columns that TRL prepares."""
     if dataset is None:
         return
     if isinstance(dataset, dict):
         for key, part in dataset.items():
-            check_columns(f"{name}[{key!r}]", part, text_field)
+            check_sft_columns(f"{name}[{key!r}]", part, text_field)
         return
     check_dataset(name, dataset)
     columns = get_dataset_column_names(dataset)

@@ -7,7 +7,7 @@ from ..types import Round
 
 def sft_loss(
     nll: torch.Tensor,
-    weight: torch.Tensor,
+    loss_weight: torch.Tensor,
     row: torch.Tensor,
     num_trained: torch.Tensor,
     loss_norm: str = "token",
@@ -19,8 +19,8 @@ def sft_loss(
     Args:
         nll (`torch.Tensor` of shape `(n,)`):
             Negative log-likelihoods of the scored tokens.
-        weight (`torch.Tensor` of shape `(n,)`):
-            Their weights.
+        loss_weight (`torch.Tensor` of shape `(n,)`):
+            Their weights in the loss ([`Round.loss_weight`]).
         row (`torch.LongTensor` of shape `(n,)`):
             Their rows.
         num_trained (`torch.LongTensor` of shape `(B,)`):
@@ -32,7 +32,7 @@ def sft_loss(
             Trained tokens (rows, for `"sequence"` and `"batch"`) of the whole accumulated batch of all processes.
             `None` counts those of this batch.
     """
-    total = nll * weight
+    total = nll * loss_weight
     if loss_norm == "sequence":
         total = total / num_trained[row]
     if num_items is None:

@@ -52,7 +52,7 @@ from .sft_config import DiffusionSFTConfig
 from .sft_data import (
     SampleLengthsCollator,
     StepMapCollator,
-    check_columns,
+    check_sft_columns,
     check_step_maps,
     check_tokens,
     prepare_step_maps,
@@ -166,8 +166,8 @@ class DiffusionSFTTrainer(
         use_cache = config.use_cache
         check_router_loss(config, args)
         if not formatting_func and not (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            check_columns("train_dataset", train_dataset, args.dataset_text_field)
-            check_columns("eval_dataset", eval_dataset, args.dataset_text_field)
+            check_sft_columns("train_dataset", train_dataset, args.dataset_text_field)
+            check_sft_columns("eval_dataset", eval_dataset, args.dataset_text_field)
         self.objective = make_sft_objective(
             args.objective,
             config.diffusion_attention,
@@ -391,8 +391,8 @@ class DiffusionSFTTrainer(
         if self.args.loss_type == "dft":
             nll = nll * scores.logps.exp().detach()
         num_trained = rows.trained.sum(1)
-        weight = loss_weights(rounds, scores.index, nll)
-        loss = sft_loss(nll, weight, scores.index[1], num_trained, self.loss_norm, num_items_in_batch)
+        loss_weight = loss_weights(rounds, scores.index, nll)
+        loss = sft_loss(nll, loss_weight, scores.index[1], num_trained, self.loss_norm, num_items_in_batch)
         self._record(inputs, scores, loss.detach(), num_loss_items(num_trained, self.loss_norm))
         # As in TRL: the normaliser counts all processes, over which DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

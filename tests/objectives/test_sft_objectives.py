@@ -9,7 +9,7 @@ import torch
 
 from dllm_trl.objectives import SFT_OBJECTIVES, make_sft_objective
 from dllm_trl.objectives.ar import AutoregressiveObjective
-from dllm_trl.objectives.block import BlockObjective
+from dllm_trl.objectives.block_mask import BlockObjective
 from dllm_trl.objectives.cart import cart_weights
 from dllm_trl.objectives.random_mask import RandomMaskObjective
 from dllm_trl.objectives.semi_ar import SemiAutoregressiveObjective, slice_round, slices_of

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import _demo
+import _rewards
 import pytest
 import sft_math
 import tracerl_math
@@ -231,7 +232,7 @@ def test_rl_configs_train(path, tmp_path, monkeypatch):
     def reward(completions, **kwargs):
         return [float(i % 2) for i in range(len(completions))]
 
-    monkeypatch.setitem(tracerl_math.REWARDS, "math", reward)
+    monkeypatch.setitem(_rewards.REWARDS, "math", reward)
     data = [{"problem": "1+1?", "answer": "2"}] * 4
     small = {"num_generations": 4, "max_completion_length": 64, "overlong_slack": 0}
     log = run_small(path, tmp_path, monkeypatch, tracerl_math.main, TraceRLConfig, data, **small)
@@ -259,7 +260,7 @@ def test_rewards_are_found(tmp_path, monkeypatch):
         "owner/model-1.0",
         "folder",
     ]
-    found = tracerl_math.find_rewards(names)
+    found = _rewards.find_rewards(names)
     functions = ["format_reward", "math_reward", "digits", "think_format_reward"]
     assert [function.__name__ for function in found[:4]] == functions and found[4:] == names[4:]
     assert str(tmp_path) not in sys.path
@@ -272,9 +273,9 @@ def test_rewards_are_found(tmp_path, monkeypatch):
         "own_rewards.more.letters": "no module 'own_rewards.more'",
     }.items():
         with pytest.raises(ValueError, match=f"`reward_funcs` has '{name}', .*{message}|`reward_funcs` has {message}"):
-            tracerl_math.find_rewards(["math", name])
+            _rewards.find_rewards(["math", name])
     with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
-        tracerl_math.find_rewards(["own_broken.reward"])
+        _rewards.find_rewards(["own_broken.reward"])
 
 
 def test_a_reward_of_ones_own_and_a_reward_model_judge_their_own_columns(tmp_path, tiny_model):
@@ -406,7 +407,7 @@ def test_tracerl_of_a_thinking_model(tmp_path, tiny_model, problems_file, monkey
         seen.extend(prompts)
         return [float(len(set(completion)) % 3) for completion in completions]
 
-    monkeypatch.setitem(tracerl_math.REWARDS, "math", spy)
+    monkeypatch.setitem(_rewards.REWARDS, "math", spy)
     args = [
         *("--model_name_or_path", str(tiny_model), "--dataset_name", str(problems_file), "--instruction", ""),
         *("--generation_prompt", "<|assistant|>We", "--max_steps", "1", "--num_generations", "4"),

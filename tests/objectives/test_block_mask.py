@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import dllm_trl  # noqa: F401  (registers the families)
 from dllm_trl.objectives import SFT_OBJECTIVES, make_sft_objective
-from dllm_trl.objectives.block import BlockObjective, mask_probability
+from dllm_trl.objectives.block_mask import BlockObjective, mask_probability
 from dllm_trl.scoring import Scorer
 from dllm_trl.trainers.documents import unpack_rows
 from dllm_trl.trainers.draws import CountedDraws, PooledDraws, draw_levels

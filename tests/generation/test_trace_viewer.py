@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dllm_trl.generation import DiffusionGenerationConfig, generate_rollouts
-from dllm_trl.generation.trace import save_trace_html, save_trace_json, trace_dict, trace_html
+from dllm_trl.generation.trace_viewer import save_trace_html, save_trace_json, trace_dict, trace_html
 from dllm_trl.types import DiffusionRollout, Grid
 from tests.trainers.tiny_rl import EOS_IDS, make_model, make_tokenizer
 

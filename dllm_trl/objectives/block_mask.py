@@ -56,11 +56,11 @@ class BlockObjective(Objective):
         row = torch.arange(len(rows), device=blocks.device).unsqueeze(1).expand_as(blocks)
         level = rows.draws["level"][row[trained], self._levels(rows)[0]]
         probability = mask_probability(level, self.eps, self.largest)
-        weight = torch.zeros(trained.shape, device=trained.device).masked_scatter(trained, 1 / probability)
+        loss_weight = torch.zeros(trained.shape, device=trained.device).masked_scatter(trained, 1 / probability)
         drawn = torch.zeros_like(trained).masked_scatter(trained, rows.draws["uniform"][trained] < probability)
 
         columns = torch.arange(trained.size(1), device=trained.device).expand_as(blocks)
         first = torch.full((len(rows), int(blocks.max()) + 1), trained.size(1), device=trained.device)
         first.scatter_reduce_(1, blocks, columns.masked_fill(~trained, trained.size(1)), "amin")
         unknown = rows.canvas_mask.bool() & ~trained & (columns > first.gather(1, blocks))
-        return [Round(masked=drawn | unknown, scored=drawn, loss_weight=weight)]
+        return [Round(masked=drawn | unknown, scored=drawn, loss_weight=loss_weight)]
