@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dllm_trl import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
 from dllm_trl import TraceRLConfig, TraceRLTrainer
-from dllm_trl.generation import generate_rollouts
+from dllm_trl.generation import DiffusionGenerationConfig, generate_rollouts
 from tests.trainers.tiny_rl import EOS_IDS, ON_CPU, TINY, make_prompts, make_tokenizer
 
 page, folder = Path(sys.argv[1]).read_text(), sys.argv[2]
@@ -54,7 +54,8 @@ ids = torch.tensor([tokenizer("1+1=")["input_ids"]])
 for sampler in ("low_confidence_dynamic", made.rightmost):
     out = model.generate(ids, max_new_tokens=8, remasking_strategy=sampler)
     assert out.shape[1] > ids.shape[1] and 2 not in out[0]
-rollout = generate_rollouts(model, [ids[0].tolist()], num_generations=2, max_new_tokens=8, temperature=1.0)
+short = DiffusionGenerationConfig(max_new_tokens=8)
+rollout = generate_rollouts(model, [ids[0].tolist()], generation_config=short)
 assert (rollout.step_map >= 0).any()
 
 
