@@ -122,7 +122,12 @@ TOUCHED = {
     "torch.distributed.fsdp:FSDPModule": ("_get_fsdp_state",),
     "torch.distributed.fsdp._fully_shard._fsdp_common": ("TrainingState",),
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState": ("_modules_to_run_forward", "_training_state"),
-    "torch.nn:Module": ("_apply(fn, recurse)", "_forward_hooks", "_forward_pre_hooks"),
+    "torch.nn:Module": (
+        "_apply(fn, recurse)",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    ),
     "torch.ops.mkldnn": ("_linear_pointwise", "_reorder_linear_weight"),
 }
 
