@@ -52,6 +52,19 @@ class Scores:
         return self.dense(name).sum(0) / times.clamp(min=1)
 
 
+def _check_rounds(rounds: list[Round], rows: Rows) -> None:
+    """Raises if that is not what an objective returns."""
+    shape = tuple(rows.canvas_ids.shape)
+    if not isinstance(rounds, list) or not rounds or not all(isinstance(one, Round) for one in rounds):
+        raise ValueError(f"`objective` must return a list of at least one `Round`, but returned {rounds!r}.")
+    for number, one in enumerate(rounds):
+        if tuple(one.masked.shape) != shape:
+            raise ValueError(
+                f"`objective` must return rounds of the shape {shape} of the canvas, but `masked` of round {number} "
+                f"has {tuple(one.masked.shape)}."
+            )
+
+
 def _in_step(packed: PackedRounds, most: Callable[[int], int] | None) -> PackedRounds:
     chunks = getattr(packed.plan, "plans", None)
     return packed if most is None or chunks is None else packed.pad_chunks(most(len(chunks)))
@@ -135,6 +148,7 @@ class Scorer:
         Returns:
             [`Scores`]
         """
+        _check_rounds(rounds, rows)
         packed = self.pack(rows, rounds, causal)
         options = {"output_router_logits": True} if aux_loss else {}
         if noise is not None:

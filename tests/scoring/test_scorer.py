@@ -84,5 +84,8 @@ def test_unknown_heads_and_rounds_of_other_rows():
         Scorer(mask_token_id=2, head="q")
     rows = rollout_of(make_model()).rows()
     wrong = torch.ones(1, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="`rounds` are of shape"):
+    with pytest.raises(ValueError, match=r"`objective` must return rounds of the shape \(4, 9\).* has \(1, 3\)"):
         Scorer(mask_token_id=2)(SimpleNamespace(), rows, [Round(wrong, wrong)])
+    for nothing in ([], None, rows.trained, [rows.trained]):
+        with pytest.raises(ValueError, match="`objective` must return a list of at least one `Round`"):
+            Scorer(mask_token_id=2)(SimpleNamespace(), rows, nothing)
