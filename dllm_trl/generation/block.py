@@ -58,7 +58,8 @@ class BlockDecoder(Decoder):
             if not self.users[row.prefix]:
                 del self.prefixes[row.prefix]
             known = self.grid.offset(len(row.prompt))
-            self._open(slot, len(row.prompt) - known, row.prompt[len(row.prompt) - known :])
+            start = len(row.prompt) - known
+            self._open(slot, start, start + width, row.prompt[start:])
 
     def _logits(self, slots: np.ndarray, read: np.ndarray) -> tuple[torch.Tensor, None]:
         forward = self._shifted if self.shift else self._forward

@@ -24,11 +24,19 @@ class CanvasDecoder(Decoder):
     With `logit_shift` 1 the token before the block predicts its first one and is computed in the first step only: with
     a cache that step commits the first token and nothing else. Guidance takes a second row of the same forward, whose
     prompt is masked, at slot `count + s` for slot `s`.
+
+    Masks inside the prompt (`cache="none"` only) belong to the first block, which then begins at the first of them and
+    holds the prompt's other tokens as they are. What is filled in there is as visible as the response: to guidance's
+    second row, too.
     """
 
+    def _first_block(self, row: Row) -> tuple[int, int]:
+        masks = (row.prompt == self.plan.mask_token_id).nonzero()[0]
+        start = int(masks[0]) if len(masks) else len(row.prompt)
+        return start, len(row.prompt) + min(self.plan.block_length or row.limit, row.limit)
+
     def _width(self, rows: list[Row]) -> int:
-        longest = max(row.limit for row in rows)
-        return min(self.plan.block_length or longest, longest)
+        return max(stop - start for start, stop in map(self._first_block, rows))
 
     def _reserve(self, rows: list[Row], count: int) -> None:
         for row in rows:
@@ -48,14 +56,15 @@ class CanvasDecoder(Decoder):
             slot = self._begin(row)
             self.ids[self._lines(slot)] = self.plan.mask_token_id
             self.ids[slot, : len(row.prompt)] = row.prompt
-            self._open(slot, len(row.prompt), np.zeros(0, dtype=np.int64))
+            start, stop = self._first_block(row)
+            self._open(slot, start, stop, row.prompt[start:])
 
     def _lines(self, slots):
         """Where `slots` and their unguided twins are."""
         return np.append(slots, slots + len(self.slots)) if self.guided else np.atleast_1d(slots)
 
     def _block_widths(self, slots: np.ndarray) -> np.ndarray:
-        return np.minimum(self.width, slots["end"] - slots["start"])
+        return slots["stop"] - slots["start"] - slots["given"].sum(-1)
 
     def _candidates(self, slots: np.ndarray) -> np.ndarray:
         if self.cache is None or not self.shift:
@@ -88,8 +97,8 @@ class CanvasDecoder(Decoder):
 
     def _units(self, slots: np.ndarray, rows: np.ndarray, read: np.ndarray, whole: bool) -> Units:
         """The forward of `rows`: whole ones, or what the cache wants to be computed in each step."""
-        start, end = slots["start"][rows], slots["end"][rows]
-        stop, lines = np.minimum(start + self.width, end), self._lines(rows)
+        start, stop, end = slots["start"][rows], slots["stop"][rows], slots["end"][rows]
+        lines = self._lines(rows)
         first, last, visible = start, stop, end
         if whole:
             first, last = np.zeros_like(start), end
@@ -97,8 +106,7 @@ class CanvasDecoder(Decoder):
             horizon = self.plan.refresh_interval
             last = visible = end if horizon is None else np.minimum(stop + horizon, end)
         copies = (len(lines) // len(rows), 1)
-        where = np.minimum(start[:, None] + np.arange(self.width), self.length)
-        self.ids[lines[:, None], np.tile(where, copies)] = np.tile(slots["canvas"][rows], copies)
+        self._write(rows)
         width = int((last - first).max())
         positions = np.minimum(first[:, None] + np.arange(width), self.length)
         # After the last layer's keys and values, only tokens of the block are carried on
@@ -125,9 +133,22 @@ class CanvasDecoder(Decoder):
             carried=None if carried is None else self._tensor(carried),
         )
 
+    def _write(self, rows: np.ndarray) -> None:
+        """Puts the blocks of `rows` where the forwards read them; an unguided twin sees nothing of its prompt."""
+        where = np.minimum(self.slots["start"][rows, None] + np.arange(self.width), self.length)
+        canvas = self.slots["canvas"][rows]
+        self.ids[rows[:, None], where] = canvas
+        if self.guided:
+            unguided = np.where(self.slots["given"][rows], self.plan.mask_token_id, canvas)
+            self.ids[rows[:, None] + len(self.slots), where] = unguided
+
+    def _store(self, slot: int) -> tuple[int, int]:
+        row, block = self.rows[slot], self.slots[slot]
+        row.prompt[block["start"] :] = block["canvas"][: max(len(row.prompt) - block["start"], 0)]
+        return super()._store(slot)
+
     def _next(self, slot: int) -> None:
-        start = int(self.slots["start"][slot])
-        self.ids[self._lines(slot), start : start + self.width] = self.slots["canvas"][slot]
+        self._write(np.array([slot]))
         super()._next(slot)
 
     def _close(self, slot: int) -> None:

@@ -197,20 +197,32 @@ def check_siblings(name: str, number: int, config: DiffusionGenerationConfig) ->
         )
 
 
-def check_masks(name: str, prompts: list[np.ndarray], mask_token_id: int | None, model_config, fills: bool) -> None:
+def check_masks(
+    name: str, prompts: list[np.ndarray], config: DiffusionGenerationConfig, model_config, fills: bool
+) -> None:
     """Raises for a mask token in a prompt, unless the caller `fills` it and the model can: by full attention."""
-    full = model_config.diffusion_attention == "full"
     for i, prompt in enumerate(prompts):
-        places = (prompt == mask_token_id).nonzero()[0]
-        if not len(places) or (full and fills):
+        places = (prompt == config.mask_token_id).nonzero()[0]
+        if not len(places):
             continue
-        found = f"{name}[{i}] holds the mask token (id {mask_token_id}) at position {places[0]} of its tokens"
-        if not full:
+        found = f"{name}[{i}] holds the mask token (id {config.mask_token_id}) at position {places[0]} of its tokens"
+        if model_config.diffusion_attention != "full":
             raise ValueError(
                 f"{found}: `{model_config.model_type}` decodes block after block and never comes back to a prompt, so "
                 "it cannot fill it; `generate` of a family with full attention does. Leave masks out of the prompt."
             )
-        raise ValueError(
-            f"{found}: a rollout tells when the tokens of the response were committed, not those of the prompt. "
-            "Leave masks out of the prompt."
-        )
+        if not fills:
+            raise ValueError(
+                f"{found}: a rollout tells when the tokens of the response were committed, not those of the prompt. "
+                "Fill the prompt with `model.generate(..., max_new_tokens=0)` first, or leave masks out of it."
+            )
+        if config.cache != "none":
+            raise ValueError(
+                f"{found}, which `cache={config.cache!r}` cannot fill: it keeps the prompt's keys. Set "
+                '`cache="none"`, or leave masks out of the prompt.'
+            )
+        if model_config.logit_shift and places[0] == 0:
+            raise ValueError(
+                f"{found}: `{model_config.model_type}` predicts each token at the one before it (`logit_shift`), and "
+                "nothing comes before the first. Put a token in front, such as BOS."
+            )

@@ -392,12 +392,14 @@ class DiffusionGenerationConfig(GenerationConfig):
         if self.num_beams is not None and self.num_beams > 1:
             raise ValueError("Beam search is not defined for diffusion language models: leave `num_beams` unset.")
         # Stock `validate` calls a temperature without `do_sample` a mistake, and refuses several return sequences
-        # then. Here an explicit temperature samples, and `generate` resolves which of the two holds.
-        do_sample, self.do_sample = self.do_sample, True
+        # then. Here an explicit temperature samples, and `generate` resolves which of the two holds. It refuses
+        # `max_new_tokens=0`, too, which here fills the masks of the prompt and adds nothing.
+        stated = self.do_sample, self.max_new_tokens
+        self.do_sample, self.max_new_tokens = True, self.max_new_tokens or None
         try:
             super().validate(strict=strict, user_set_attributes=user_set_attributes)
         finally:
-            self.do_sample = do_sample
+            self.do_sample, self.max_new_tokens = stated
 
     def _validate_sampling(self) -> None:
         if self.temperature is not None and not 0 <= self.temperature < math.inf:

@@ -65,7 +65,8 @@ class DecodingPlan:
 
 @dataclass
 class Row:
-    """A response being made: its prompt, its limit, and what it committed in the blocks so far (response-relative)."""
+    """A response being made: its prompt, whose masks are filled on the way, its limit, and what it committed in the
+    blocks so far (response-relative)."""
 
     prompt: np.ndarray
     limit: int
@@ -77,6 +78,7 @@ class Row:
     length: int = 0
 
     def __post_init__(self):
+        self.prompt = self.prompt.copy()  # each sibling fills its masks in its own way
         self.ids = np.zeros(self.limit, dtype=np.int64)
         self.steps = np.full(self.limit, -1, dtype=np.int64)
         self.logprobs = np.zeros(self.limit, dtype=np.float32)
@@ -86,6 +88,7 @@ def _slot_dtype(width: int) -> np.dtype:
     return np.dtype(
         [
             ("start", np.int64),  # first position of the block
+            ("stop", np.int64),  # first position after it
             ("end", np.int64),  # positions from here on do not exist for the row
             ("key", np.uint64),  # of the row's draws
             ("step", np.int64),  # forwards of this block
@@ -94,6 +97,7 @@ def _slot_dtype(width: int) -> np.dtype:
             ("pending", np.bool_),  # the previous block waits for its commit
             ("previous", np.int64, (width,)),
             ("canvas", np.int64, (width,)),
+            ("given", np.bool_, (width,)),  # known when the block was opened
             ("masked", np.bool_, (width,)),
             ("steps", np.int64, (width,)),
             ("logprobs", np.float32, (width,)),
@@ -186,14 +190,15 @@ class Decoder(ABC):
         self.slots["key"][slot], self.slots["end"][slot] = row.key, len(row.prompt) + row.limit
         return slot
 
-    def _open(self, slot: int, start: int, known: np.ndarray) -> None:
-        """A new block at `start` whose head `known` is revealed."""
-        block = self.slots[slot]
-        block["start"], block["step"], block["steps"] = start, 0, -1
-        block["canvas"] = self.plan.mask_token_id
-        block["canvas"][: len(known)] = known
-        block["masked"] = False
-        block["masked"][len(known) : block["end"] - start] = True
+    def _open(self, slot: int, start: int, stop: int, head: np.ndarray) -> None:
+        """A new block from `start` to `stop`, which begins with the tokens `head`; masks among them get filled."""
+        block, mask = self.slots[slot], self.plan.mask_token_id
+        stop = min(stop, int(block["end"]))
+        block["start"], block["stop"], block["step"], block["steps"] = start, stop, 0, -1
+        block["canvas"] = mask
+        block["canvas"][: len(head)] = head
+        block["given"] = block["canvas"] != mask
+        block["masked"] = ~block["given"] & (np.arange(self.width) < stop - start)
 
     def _step(self) -> int:
         """Returns how many tokens were committed."""
@@ -253,7 +258,8 @@ class Decoder(ABC):
             if plan.place_rules is not None:
                 place = positions - np.array([len(row.prompt) for row in self.rows])[row_of]
                 last = positions == slots["end"][row_of] - 1
-                allowed = plan.place_rules(allowed, *map(self._tensor, (place, positions, last)))
+                ruled = plan.place_rules(allowed, *map(self._tensor, (place, positions, last)))
+                allowed = ruled.where(self._tensor(place >= 0)[:, None], allowed)  # the response's, not the prompt's
             if plan.processors:
                 allowed = self._process(plan.processors, allowed, row_of)
             allowed = allowed / (plan.temperature or 1)
@@ -298,13 +304,14 @@ class Decoder(ABC):
     def _context(self, slot: int) -> torch.Tensor:
         """Prompt and committed tokens of a row, `(1, length)`."""
         row = self.rows[slot]
-        return self._tensor(np.concatenate([row.prompt, row.ids[row.steps >= 0]])[None])
+        prompt = row.prompt[row.prompt != self.plan.mask_token_id]
+        return self._tensor(np.concatenate([prompt, row.ids[row.steps >= 0]])[None])
 
     def _store(self, slot: int) -> tuple[int, int]:
         """Copies what a block committed to its row; returns where the block lies in the response."""
         row, block = self.rows[slot], self.slots[slot]
         shift = int(block["start"]) - len(row.prompt)
-        first, last = max(shift, 0), min(shift + self.width, row.limit)
+        first, last = max(shift, 0), int(block["stop"]) - len(row.prompt)
         own = slice(first - shift, last - shift)
         row.ids[first:last], row.steps[first:last] = block["canvas"][own], block["steps"][own]
         row.logprobs[first:last] = block["logprobs"][own]
@@ -347,7 +354,8 @@ class Decoder(ABC):
 
     def _next(self, slot: int) -> None:
         """Opens the block after the one that is full."""
-        self._open(slot, int(self.slots["start"][slot]) + self.width, np.zeros(0, dtype=np.int64))
+        start = int(self.slots["stop"][slot])
+        self._open(slot, start, start + self.plan.block_length, np.zeros(0, dtype=np.int64))
 
     def _close(self, slot: int) -> None:
         """Frees a slot; the last row in flight moves there, so that rows in flight are slots 0, 1, ..."""

@@ -49,8 +49,9 @@ def decode(
     ]
     full = model.config.diffusion_attention == "full"
     decoder = CanvasDecoder if full else BlockDecoder
+    active = [row for row in rows if row.limit or plan.mask_token_id in row.prompt]  # the others are done
     with evaluating(model), whole_weights(model):
-        decoder(model, plan, fused, streamer, show_progress).run(rows, num_slots or len(rows))
+        decoder(model, plan, fused, streamer, show_progress).run(active, num_slots or len(active))
     batch, width = len(rows), max(row.canvas_length for row in rows)
     prompt_width = max(len(row.prompt) for row in rows)
     shape = (batch, width)
@@ -68,5 +69,5 @@ def decode(
         step_map[i, seen], logprobs[i, seen] = row.steps[seen], row.logprobs[seen]
     tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, canvas_ids, canvas_mask, step_map, logprobs)
     forwards = torch.tensor([row.forwards for row in rows])
-    grid = Grid.of(model.config.diffusion_attention, plan.block_length or width)
+    grid = Grid.of(model.config.diffusion_attention, plan.block_length or max(width, 1))
     return DiffusionRollout(*map(torch.from_numpy, tensors), forwards, grid)

@@ -46,7 +46,7 @@ class DiffusionGenerateOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(B, P+R)`):
-            Prompt and response, padded with `pad_token_id` after EOS.
+            Prompt, its masks filled, and response, padded with `pad_token_id` after EOS.
         canvas_ids (`torch.LongTensor` of shape `(B, R)`):
             The row's context, also what was committed after EOS in EOS's block and, with full attention, mask tokens
             that were never decoded; `pad_token_id` elsewhere.
@@ -151,8 +151,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         tokenizer=None,
         prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         shape: tuple[int, int] = (1, 0),
+        infills: bool = False,
     ) -> DecodingPlan:
-        """The parameters of one run; `shape` is that of the batch: rows and width of the prompts."""
+        """The parameters of one run, whose batch has a `shape` (rows, width of the prompts) and may hold masks."""
         device = execution_device(self)
         check_vocabulary(config, self.config.vocab_size)
         criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -174,7 +175,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                 "`suppress_eos` or `mask_token_id` forbid. Leave one of them out."
             )
         eos = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
-        processors = make_processors(config, eos, prefix_allowed_tokens_fn)
+        processors = make_processors(config, eos, prefix_allowed_tokens_fn, infills)
         return DecodingPlan(
             block_length=config.block_length,
             quotas=make_quotas(config.denoising_schedule, config.denoising_steps, vars(config)),
@@ -217,7 +218,8 @@ class DiffusionGenerationMixin(GenerationMixin):
 
         Args:
             inputs or input_ids (`torch.LongTensor` of shape `(B, P)`, or [`~transformers.BatchEncoding`]):
-                Prompts, left-padded where `attention_mask` is 0; or what a tokenizer returned, with its mask.
+                Prompts, left-padded where `attention_mask` is 0; or what a tokenizer returned, with its mask. With
+                full attention, mask tokens in a prompt are filled in place, as part of the first block.
             generation_config ([`~transformers.GenerationConfig`], *optional*):
                 Parameters; keyword arguments win over it, it wins over the checkpoint's `generation_config.json`.
             logits_processor ([`~transformers.LogitsProcessorList`], *optional*):
@@ -270,23 +272,29 @@ class DiffusionGenerationMixin(GenerationMixin):
         if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
             raise ValueError("`attention_mask` must be left-padded: 0s, then 1s. Set `padding_side='left'`.")
         limit = config.max_new_tokens if config.max_new_tokens is not None else config.max_length - inputs.size(1)
-        if limit < 1:
+        prompts = [row[mask] for row, mask in zip(inputs.cpu().numpy(), attention_mask.bool().cpu().numpy())]
+        check_masks("input_ids", prompts, config, self.config, fills=True)
+        infills = any((prompt == config.mask_token_id).any() for prompt in prompts)
+        if limit < 0 or (limit == 0 and not infills):
+            length = "max_length" if config.max_new_tokens is None else "max_new_tokens"
             raise ValueError(
-                f"`max_length` ({config.max_length}) leaves no room after a prompt of {inputs.size(1)} tokens; pass "
-                "`max_new_tokens`."
+                f"`{length}` ({getattr(config, length)}) leaves no room after a prompt of {inputs.size(1)} tokens, "
+                "which holds no mask to fill either; pass `max_new_tokens` of at least 1."
             )
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise ValueError(f"`streamer` must have the methods `put` and `end`, but is {streamer!r}.")
         if streamer is not None and inputs.size(0) * config.num_return_sequences > 1:
             raise ValueError("`streamer` works with one prompt and one response at a time.")
+        if streamer is not None and infills:
+            raise ValueError(
+                "`streamer` receives the prompt before its mask tokens are filled. Leave `streamer` out, or masks."
+            )
+        self._check_prompts(prompts, [limit] * len(prompts))
         check_siblings("num_return_sequences", config.num_return_sequences, config)
         shape = len(inputs) * config.num_return_sequences, inputs.size(1)
         plan = self._decoding_plan(
-            config, logits_processor, stopping_criteria, tokenizer, prefix_allowed_tokens_fn, shape
+            config, logits_processor, stopping_criteria, tokenizer, prefix_allowed_tokens_fn, shape, infills
         )
-        prompts = [row[mask] for row, mask in zip(inputs.cpu().numpy(), attention_mask.bool().cpu().numpy())]
-        self._check_prompts(prompts, [limit] * len(prompts))
-        check_masks("input_ids", prompts, config.mask_token_id, self.config, fills=True)
         if streamer is not None:
             streamer.put(inputs.cpu())
         rollout = decode(self, prompts, [limit] * len(prompts), plan, config.num_return_sequences, streamer=streamer)
@@ -294,7 +302,11 @@ class DiffusionGenerationMixin(GenerationMixin):
             streamer.end()
         rollout = rollout.to(inputs.device)
         expanded = inputs.repeat_interleave(config.num_return_sequences, dim=0)
-        sequences = torch.cat([expanded, rollout.completion_ids], dim=1)
+        filled = expanded.clone()
+        filled[attention_mask.bool().repeat_interleave(config.num_return_sequences, dim=0).to(filled.device)] = (
+            rollout.prompt_ids[rollout.prompt_mask.bool()]
+        )
+        sequences = torch.cat([filled, rollout.completion_ids], dim=1)
         if not config.return_dict_in_generate:
             return sequences
         return DiffusionGenerateOutput(
@@ -370,10 +382,10 @@ def rollout_inputs(
     if limits is None:
         if config.max_new_tokens is None:
             raise ValueError("`max_length` is ambiguous for ragged prompts; pass `max_new_tokens`.")
-        limits = [config.max_new_tokens] * len(prompts)
+        limits = row_limits(config.max_new_tokens, len(prompts))
     arrays = [token_ids(f"`prompts[{i}]`", prompt) for i, prompt in enumerate(prompts)]
     model._check_prompts(arrays, limits)
-    check_masks("prompts", arrays, config.mask_token_id, model.config, fills=False)
+    check_masks("prompts", arrays, config, model.config, fills=False)
     return model, arrays, limits, config
 
 

@@ -119,9 +119,9 @@ def _left_to_right(config) -> bool:
     return in_order and config.denoising_schedule == "even" and (config.denoising_steps or width) >= width
 
 
-def _check_order(config, prefix_allowed_tokens_fn) -> None:
+def _check_order(config, prefix_allowed_tokens_fn, infills: bool) -> None:
     """Raises if an option speaks of what stands before a token, but tokens are committed in another order."""
-    if _left_to_right(config):
+    if _left_to_right(config) and not infills:
         return
     phrases = {
         "sequence_bias": is_on(config, "sequence_bias") and any(len(tokens) > 1 for tokens in _biases(config)),
@@ -138,13 +138,16 @@ def _check_order(config, prefix_allowed_tokens_fn) -> None:
                 f"`{name}{value}` goes by the tokens before the next one, but tokens are committed in another order, "
                 "several at a time, and what stands before one may come later. Leave it out (single tokens in "
                 '`bad_words_ids` and `sequence_bias` work in any order), or pass `remasking_strategy="sequential"` '
-                'with `denoising_schedule="even"` and `denoising_steps` of at least the block\'s length.'
+                'with `denoising_schedule="even"`, `denoising_steps` of at least the block\'s length, and no masks in '
+                "the prompt."
             )
 
 
-def make_processors(config, eos: torch.Tensor, prefix_allowed_tokens_fn: Callable | None) -> LogitsProcessorList:
+def make_processors(
+    config, eos: torch.Tensor, prefix_allowed_tokens_fn: Callable | None, infills: bool = False
+) -> LogitsProcessorList:
     """Processors that look at the row's tokens, in transformers' order."""
-    _check_order(config, prefix_allowed_tokens_fn)
+    _check_order(config, prefix_allowed_tokens_fn, infills)
     processors = LogitsProcessorList()
     if is_on(config, "sequence_bias"):
         processors.append(SequenceBiasLogitsProcessor(_biases(config)))
