@@ -116,7 +116,7 @@ class CanvasDecoder(Decoder):
         kept = int(column.max()) + 1
         positions, visible, head = np.tile(positions, copies), np.tile(visible, copies[0]), np.tile(head, copies[0])
         carried = None
-        if kept < width:
+        if kept < width or head.any():
             carried = np.arange(len(lines))[:, None] * width + np.minimum(head[:, None] + np.arange(kept), width - 1)
         read = unit * min(kept, width) + column
         if self.guided:

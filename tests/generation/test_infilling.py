@@ -133,6 +133,19 @@ def test_rows_do_not_depend_on_the_batch(model, options, max_new_tokens):
     assert siblings[0].tolist() == alone.sequences[0].tolist() and len(siblings[:, 1:3].unique(dim=0)) > 1
 
 
+@pytest.mark.parametrize("family", ["llada", "mmada"])
+def test_a_whole_row_beside_one_that_begins_later(family):
+    """Blocks begin where a row's first mask is: at its first token, and behind a prompt without any."""
+    model = make_model(family).eval()
+    ids = torch.tensor([[MASK, 8, MASK, 10, 11, 12], [13, 14, 15, 16, 17, 18]])
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+    together = model.generate(ids, **options)
+    for row in range(2):
+        alone = model.generate(ids[row : row + 1], **options)
+        assert torch.equal(alone.sequences[0], together.sequences[row])
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[row], atol=1e-5, rtol=0)
+
+
 def test_rules_of_the_response_leave_the_prompt_alone(model):
     ids = [[7, 8, 9, MASK]]
     free = fill(model, ids, max_new_tokens=0).sequences
