@@ -26,7 +26,7 @@ def test_generation_config():
             "remasking_strategy": WORDS,
             "cache": WORDS,
             "denoising_schedule": WORDS,
-            "max_new_tokens": [0, -1],
+            "max_new_tokens": [-1, -5],
             "eos_token_id": ["x", [1.5], 2.5, [[1], ["x"]], {}],
             "pad_token_id": ["x", 1.5, {}],
             "suppress_tokens": [["x"], [1.5], "x"],
