@@ -3,22 +3,10 @@
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Decodes without dropout. TRL tells training from evaluation by `model.training`, so that is put back."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def most_of(accelerator: Accelerator) -> Callable[[int], int] | None:

@@ -15,7 +15,6 @@ from ..generation import DiffusionGenerationConfig, generate_rollouts
 from ..generation.processors import OFF
 from ..generation.sharded import whole_weights
 from ..types import DiffusionRollout
-from .processes import evaluating
 from .strategy_arguments import StrategyArguments
 
 
@@ -65,7 +64,6 @@ class EngineRollouts:
             ) as model,
             torch.no_grad(),
             whole_weights(model),
-            evaluating(model),
             trainer.accelerator.autocast(),
             naming_the_run(args.output_dir, trainer.state.global_step),
         ):
