@@ -153,14 +153,13 @@ def padded_batch(model, prompts, limits, block, steps, threshold):
     return [ids[i, offset[i] + len(p) : ends[i]].tolist() for i, p in enumerate(prompts)]
 
 
-def ours(model, prompts, limits, block, steps, threshold, num_slots, num_generations=1):
+def ours(model, prompts, limits, block, steps, threshold, num_slots, num_generations=1, **sampling):
     config = DiffusionGenerationConfig(
         block_length=block,
         denoising_steps=steps,
-        remasking_strategy="low_confidence_dynamic",
         confidence_threshold=threshold,
-        do_sample=False,
         eos_token_id=-1,
+        **(sampling or {"remasking_strategy": "low_confidence_dynamic", "do_sample": False}),
     )
     rollout = generate_rollouts(model, prompts, config, num_generations, limits, num_slots)
     return [ids[mask.bool()].tolist() for ids, mask in zip(rollout.canvas_ids, rollout.canvas_mask, strict=True)]
@@ -207,13 +206,15 @@ def main() -> None:
         row["vs_padded_batch"] = t_pad / t_ours if t_pad else None
         results.append(row)
         print(json.dumps({k: v if v is None else round(v, 2) for k, v in row.items()}), flush=True)
+    # Siblings must be sampled: so coldly that all get the same tokens, in steps that do not look at confidences
     prompt, group = ragged(1, args.vocab, 512, 512)[0], 8
-    t_shared, a = best(lambda: ours(model, [prompt], [32], *common, group, group), args.repeats)
+    cold = partial(ours, model, remasking_strategy="low_confidence_static", temperature=1e-4)
+    t_shared, a = best(lambda: cold([prompt], [32], *common, group, group), args.repeats)
     t_alone, b = best(
-        lambda: [ours(model, [prompt], [32], *common, 1)[0] for _ in range(group)], args.repeats
+        lambda: [cold([prompt], [32], *common, 1)[0] for _ in range(group)], args.repeats
     )  # one prefill each
     salted = [[prompt[0] + i] + prompt[1:] for i in range(group)]  # the same work in one batch, nothing to share
-    t_batch, _ = best(lambda: ours(model, salted, [32] * group, *common, group), args.repeats)
+    t_batch, _ = best(lambda: cold(salted, [32] * group, *common, group), args.repeats)
     assert a == b, "siblings disagree on the tokens"
     row = {
         "group": group,

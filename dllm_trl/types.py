@@ -254,11 +254,14 @@ class Round:
             Positions whose log-probability is read, a subset of `masked`.
         loss_weight (`torch.FloatTensor` of shape `(B, R)`, *optional*):
             Weight of each scored token in the loss; `None` means 1.
+        prompt_masked (`torch.BoolTensor` of shape `(B, P)`, *optional*):
+            Prompt tokens that the model sees as mask tokens, the same in all rounds of a view; `None` means none.
     """
 
     masked: torch.Tensor
     scored: torch.Tensor
     loss_weight: torch.Tensor | None = None
+    prompt_masked: torch.Tensor | None = None
 
     def __post_init__(self):
         _check("scored", self.scored, tuple(self.masked.shape))

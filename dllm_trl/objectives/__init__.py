@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from .ar import AutoregressiveObjective
-from .base import FunctionObjective, LossInputs, LossOutputs, Objective, Random, make_objective
+from .base import FunctionObjective, LossInputs, LossOutputs, Objective, Outcome, Random, any_scored, make_objective
 from .block_mask import BlockObjective
 from .random_mask import RandomMaskObjective
 from .semi_ar import SemiAutoregressiveObjective
@@ -22,6 +22,17 @@ SFT_OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "trace": TraceObjective,
 }
 DEFAULT_SFT_OBJECTIVES = {"block": "block", "full": "random_mask"}
+
+
+def make_rl_objective(objective, num_iterations: int = 1, **options) -> Objective:
+    """
+    The objective of reinforcement learning that `objective` stands for (see [`make_objective`]), built with `options`.
+    One whose views are drawn at random has by default one for each of the `num_iterations` updates on a rollout.
+    """
+    kind = OBJECTIVES.get(objective) if isinstance(objective, str) else None
+    if kind is not None and "num_views" in {f.name for f in fields(kind)}:
+        options = {"num_views": num_iterations} | options
+    return make_objective(objective, OBJECTIVES, **options)
 
 
 def make_sft_objective(objective, attention: str | None = None, **options) -> Objective:
@@ -53,7 +64,10 @@ __all__ = [
     "LossInputs",
     "LossOutputs",
     "Objective",
+    "Outcome",
     "Random",
+    "any_scored",
     "make_objective",
+    "make_rl_objective",
     "make_sft_objective",
 ]

@@ -1,9 +1,10 @@
 """What an objective is, for fine-tuning and for reinforcement learning alike. Tensors only."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -21,6 +22,38 @@ class Random(Protocol):
 
     def levels(self, where: torch.Tensor) -> torch.Tensor:
         """The same for noise levels, which may be spread evenly over [0, 1) within a batch."""
+
+
+@dataclass
+class Outcome:
+    r"""
+    What a rollout has come to, before anybody says what it is worth. `N` are the rows of all processes, `B` those of
+    this one.
+
+    Args:
+        rewards (`torch.FloatTensor` of shape `(N, F)`):
+            A reward of each of `F` functions, NaN where one gave none.
+        total (`torch.FloatTensor` of shape `(N,)`):
+            Their weighted sum, NaN where none gave one.
+        advantages (`torch.FloatTensor` of shape `(N,)`):
+            What TRL makes of it (`scale_rewards`).
+        num_generations (`int`):
+            Responses per group; siblings are adjacent.
+        mine (`slice`):
+            This process's rows among the `N`.
+        rows ([`Rows`]):
+            This process's responses.
+        values (`torch.FloatTensor` of shape `(B, R)`, *optional*):
+            What a critic expected of each token.
+    """
+
+    rewards: torch.Tensor
+    total: torch.Tensor
+    advantages: torch.Tensor
+    num_generations: int
+    mine: slice
+    rows: Rows
+    values: torch.Tensor | None = None
 
 
 @dataclass
@@ -43,8 +76,15 @@ class LossInputs:
             The same under the reference policy.
         advantages (`torch.FloatTensor` of shape `(B,)` or `(B, R)`):
             What each response (each token) is worth.
-        num_items (`torch.Tensor`):
-            Trained tokens of the whole generation batch, all processes.
+        num_tokens (`torch.Tensor`):
+            Scored tokens of a micro-batch, on average over those of an optimizer step and over processes: sums over
+            tokens that are divided by it add up to the mean over all tokens of the step.
+        epsilon_low, epsilon_high (`float`):
+            `epsilon` and `epsilon_high` of the trainer's config: the ratio is clipped to `[1 - low, 1 + high]`.
+        beta (`float`):
+            Weight of the KL term in the trainer's config.
+        batch_weights (`torch.FloatTensor` of shape `(B,)`, *optional*):
+            Softmax of [`Objective.log_weights`] over all rows of the optimizer step, times their number.
     """
 
     rows: Rows
@@ -54,7 +94,26 @@ class LossInputs:
     old_logps: torch.Tensor | None
     ref_logps: torch.Tensor | None
     advantages: torch.Tensor
-    num_items: torch.Tensor
+    num_tokens: torch.Tensor
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    beta: float = 0.0
+    batch_weights: torch.Tensor | None = None
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """Tokens `(B, R)` that some round scores."""
+        return any_scored(self.rounds)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Trained tokens `(B,)` of each response: up to and including the first EOS."""
+        return self.rows.trained.sum(1)
+
+
+def any_scored(rounds: list[Round]) -> torch.Tensor:
+    """Tokens `(B, R)` that at least one of `rounds` scores."""
+    return functools.reduce(torch.logical_or, [one.scored for one in rounds])
 
 
 @dataclass
@@ -83,6 +142,9 @@ class Objective(ABC):
     - `replays_rollout`: whether every trained token is scored once and in exactly the context it was committed in, so
       that rollout log-probabilities can be compared with the trainer's.
     - `num_views`: how many sets of rounds there are; update `i` on a rollout takes view `i % num_views`.
+    - `partial`: whether a view may leave trained tokens unscored, so that the scored ones have to be counted.
+    - `needs_old`: whether log-probabilities of the policy that decoded the rollout are needed even while its weights
+      are those that are trained.
     - `causal`: whether scored tokens are predicted from the clean tokens before them, nothing being masked.
     - `step_map`: whether it reads the steps of a rollout: `"unused"`, `"optional"` or `"required"`.
     - `fills`: fine-tuning: whether EOS tokens that fill up a sequence are trained.
@@ -92,6 +154,8 @@ class Objective(ABC):
     attentions: ClassVar[tuple[str, ...]] = ("block", "full")
     replays_rollout: bool = False
     num_views: int = 1
+    partial: ClassVar[bool] = True
+    needs_old: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     step_map: ClassVar[str] = "unused"
     fills: ClassVar[bool] = True
@@ -111,12 +175,34 @@ class Objective(ABC):
         a token to score, a list of rounds that score nothing.
         """
 
+    def old_rounds(self, rows: Rows, view: int = 0) -> list[Round]:
+        """The rounds that the old policy is scored on for a view: by default the view's own."""
+        return self.rounds(rows, view)
+
+    def decoding(self, block_length: int) -> dict[str, Any]:
+        """Parameters of decoding that this objective wants where the trainer's config leaves them open."""
+        return {}
+
+    def advantages(self, values: torch.Tensor, outcome: Outcome) -> torch.Tensor:
+        """
+        What becomes of the advantages `(N,)` of all rows of a rollout. By default nothing; `(B, R)`: one for each
+        token of this process.
+        """
+        return values
+
     def reduce(self, token_logps: torch.Tensor, rounds: list[Round]) -> torch.Tensor:
         """Log-probabilities `(K, B, R)` of the rounds as one matrix `(B, R)`: by default their weighted sum."""
         if all(r.loss_weight is None for r in rounds):
             return token_logps.sum(0)
         weights = [r.scored.to(token_logps.dtype) if r.loss_weight is None else r.loss_weight for r in rounds]
         return (token_logps * torch.stack(weights)).sum(0)
+
+    def log_weights(self, inputs: LossInputs) -> torch.Tensor | None:
+        """
+        Logarithms `(B,)` of weights that are normalised over all rows of an optimizer step before the first of its
+        losses, which takes one more forward pass without gradient. `None`: there are no such weights.
+        """
+        return None
 
     def loss(self, inputs: LossInputs) -> LossOutputs | None:
         """A loss of its own. `None`: the one that `loss_type` names in the trainer's config, on the reduced matrix."""
@@ -138,10 +224,15 @@ def make_objective(objective, known: dict[str, Callable[..., Objective]], **opti
     The objective that `objective` stands for: a name in `known`, built with `options`, an instance, or a function of
     [`Rows`].
     """
+    if isinstance(objective, str) and objective in known:
+        names = [f.name for f in fields(known[objective]) if f.init]
+        if unknown := sorted(options.keys() - set(names)):
+            raise ValueError(f"`objective={objective!r}` has no option {unknown}. Its options: {names}.")
+        return known[objective](**options)
+    if options:
+        raise ValueError(f"Options {sorted(options)} are for an `objective` that is given by its name.")
     if isinstance(objective, Objective):
         return objective
-    if isinstance(objective, str) and objective in known:
-        return known[objective](**options)
     if callable(objective) and not isinstance(objective, type):
         return FunctionObjective(objective)
     raise ValueError(

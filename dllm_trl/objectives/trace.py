@@ -57,6 +57,7 @@ class TraceObjective(Objective):
     """The rounds of TraceRL, on rollouts or (trace SFT) on recorded responses. `shrink` as in [`trace_rounds`]."""
 
     step_map: ClassVar[str] = "required"
+    partial: ClassVar[bool] = False
     fills: ClassVar[bool] = False
 
     shrink: int = 1

@@ -1,7 +1,7 @@
 """Rounds of rows through a model: log-probabilities, entropies or values of the scored tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -63,6 +63,19 @@ def _check_rounds(rounds: list[Round], rows: Rows) -> None:
                 f"`objective` must return rounds of the shape {shape} of the canvas, but `masked` of round {number} "
                 f"has {tuple(one.masked.shape)}."
             )
+        if one.prompt_masked is None and rounds[0].prompt_masked is None:
+            continue
+        if None in (one.prompt_masked, rounds[0].prompt_masked) or not torch.equal(
+            one.prompt_masked, rounds[0].prompt_masked
+        ):
+            raise ValueError("`objective` must return rounds of one view that mask the same prompt tokens.")
+
+
+def _hide_prompts(rows: Rows, hidden: torch.Tensor | None, mask_token_id: int) -> Rows:
+    """The rows as a model sees them whose prompt tokens of `hidden` are mask tokens."""
+    if hidden is None:
+        return rows
+    return replace(rows, prompt_ids=rows.prompt_ids.masked_fill(hidden, mask_token_id))
 
 
 def _in_step(packed: PackedRounds, most: Callable[[int], int] | None) -> PackedRounds:
@@ -149,7 +162,7 @@ class Scorer:
             [`Scores`]
         """
         _check_rounds(rounds, rows)
-        packed = self.pack(rows, rounds, causal)
+        packed = self.pack(_hide_prompts(rows, rounds[0].prompt_masked, self.mask_token_id), rounds, causal)
         options = {"output_router_logits": True} if aux_loss else {}
         if noise is not None:
             options["embedding_noise"] = noise(packed, rows)

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from accelerate.logging import get_logger
 
-from ..types import Rows
+from ..objectives import Outcome
 
 
 logger = get_logger(__name__)
@@ -70,38 +70,6 @@ def population_z_score(rewards: torch.Tensor, num_generations: int) -> torch.Ten
     centred = grouped - grouped.nanmean(1, keepdim=True)
     deviation = centred.square().nanmean(1, keepdim=True).sqrt()
     return torch.where(deviation > 1e-8, centred / deviation, 0.0).nan_to_num(0.0).flatten().to(rewards.dtype)
-
-
-@dataclass
-class Outcome:
-    r"""
-    What a rollout has come to, before anybody says what it is worth. `N` are the rows of all processes, `B` those of
-    this one.
-
-    Args:
-        rewards (`torch.FloatTensor` of shape `(N, F)`):
-            A reward of each of `F` functions, NaN where one gave none.
-        total (`torch.FloatTensor` of shape `(N,)`):
-            Their weighted sum, NaN where none gave one.
-        advantages (`torch.FloatTensor` of shape `(N,)`):
-            What TRL makes of it (`scale_rewards`).
-        num_generations (`int`):
-            Responses per group; siblings are adjacent.
-        mine (`slice`):
-            This process's rows among the `N`.
-        rows ([`Rows`]):
-            This process's responses.
-        values (`torch.FloatTensor` of shape `(B, R)`, *optional*):
-            What a critic expected of each token.
-    """
-
-    rewards: torch.Tensor
-    total: torch.Tensor
-    advantages: torch.Tensor
-    num_generations: int
-    mine: slice
-    rows: Rows
-    values: torch.Tensor | None = None
 
 
 @dataclass

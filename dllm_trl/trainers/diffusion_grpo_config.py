@@ -1,9 +1,11 @@
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import GRPOConfig
 
 from ..generation.configuration import reject_renamed
+from ..objectives import OBJECTIVES
 from .counts import check_counts, is_count
 from .strategy_arguments import StrategyArguments
 
@@ -40,6 +42,11 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
 
         > Parameters that control which tokens are scored
 
+        objective (`str`, *optional*):
+            What is masked, what is scored and what becomes of it: a name from `dllm_trl.objectives.OBJECTIVES`. `None`
+            takes the trainer's own, which for [`DiffusionGRPOTrainer`] replays the rollout (`"trace"`).
+        objective_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Options of the objective, e.g. `{"num_samples": 4}`.
         rounds_per_forward (`int`, *optional*, defaults to `1`):
             Full attention: rounds of a micro-batch that go through the model at a time. With several forwards each is
             computed again in the backward pass: memory is that of one, however many rounds there are.
@@ -74,6 +81,8 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
             first update after a rollout: it acts from the second update on.
     """
 
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["objective_kwargs"]
+
     block_length: int | None = field(
         default=None,
         metadata={"help": "Tokens denoised together. `None` takes the model's `config.block_size`."},
@@ -95,6 +104,14 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
             "help": "Cache of rollouts with full attention: 'none', or the approximate 'prefix' and 'dual'. Block "
             "attention always has an exact one."
         },
+    )
+    objective: str | None = field(
+        default=None,
+        metadata={"help": "What is masked, scored and made of it, by name. `None` takes the trainer's own."},
+    )
+    objective_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of the objective, as a dictionary (JSON on the command line)."},
     )
     rounds_per_forward: int = field(
         default=1,
@@ -159,6 +176,8 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
         for name, choices in (("on_policy_check", ("warn", "error", "off")), ("kl_target", ("ref", "old"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, but is {getattr(self, name)!r}.")
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise ValueError(f"`objective` must be one of {sorted(OBJECTIVES)}, but is {self.objective!r}.")
         if self.accuracy_range is not None and not (
             len(self.accuracy_range) == 2 and 0 <= self.accuracy_range[0] <= self.accuracy_range[1] <= 1
         ):

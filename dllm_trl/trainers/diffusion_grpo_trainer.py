@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from accelerate.logging import get_logger
@@ -6,16 +7,15 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
-from trl.extras.profiling import profiling_decorator
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
-from ..objectives import OBJECTIVES, LossInputs, Objective, make_objective
+from ..objectives import LossInputs, Objective, make_rl_objective
 from ..objectives.trace import TraceObjective
 from ..scoring import Scorer, Scores
-from ..types import DiffusionRollout, Grid, Round, Rows
+from ..types import Grid, Round, Rows
 from .advantages import Estimator, GroupEstimator, SignalWatch, is_overlong
+from .batch_weights import weigh_batch
 from .checks import (
     check_attention,
     check_context,
@@ -36,13 +36,14 @@ from .checks import (
 from .completion_tables import CompletionTablesMixin
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .draws import CountingDraws
+from .earlier_logps import earlier_logps, num_scored
 from .grpo_metrics import ROW_NORMALISED, Generation, GRPOMetricsMixin
 from .metrics import new_notes
 from .model_card import DiffusionModelCardMixin
 from .on_policy import OnPolicyCheck
 from .processes import most_of
 from .published_checkpoints import PublishedCheckpointMixin
-from .reference_model import building_reference, reference_of
+from .reference_model import building_reference
 from .rollout_resume import RolloutResumeMixin
 from .rollouts import EngineRollouts, Rollouts, make_parameters, seed_of
 from .trl_loss import ScoredModel, own_loss, temporarily, trl_inputs
@@ -90,7 +91,7 @@ class DiffusionGRPOTrainer(
             Not supported, must stay `None`.
         objective (`str` or [`Objective`], *optional*):
             What is masked and scored: a name from `dllm_trl.objectives.OBJECTIVES`, an instance, or a function of
-            [`Rows`] that returns rounds. By default the rollout is replayed.
+            [`Rows`] that returns rounds. By default `args.objective`, and without that the rollout is replayed.
         rollouts ([`Rollouts`], *optional*):
             Where responses come from. By default the engine of this package decodes them in this process.
         estimator ([`Estimator`], *optional*):
@@ -144,9 +145,7 @@ class DiffusionGRPOTrainer(
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_prompt_column(name, dataset)
             check_reward_columns(reward_funcs, name, dataset)
-        self.objective = self._default_objective(args)
-        if objective is not None:
-            self.objective = make_objective(objective, OBJECTIVES)
+        self.objective = self._make_objective(args, args.objective if objective is None else objective)
 
         beta = args.beta
         with building_reference(model, args):
@@ -194,12 +193,19 @@ class DiffusionGRPOTrainer(
             most=most_of(self.accelerator),
         )
         self._on_policy = OnPolicyCheck(self)
+        self._weighs_batch = type(self.objective).log_weights is not Objective.log_weights
         self._watch_signal = SignalWatch(self.reward_func_names, args.accuracy_range)
         self._notes = new_notes()
         self._generation = None  # at TRL's door: set and taken back by `_generate_and_score_completions`
 
     def _default_objective(self, args: DiffusionGRPOConfig) -> Objective:
         return TraceObjective()
+
+    def _make_objective(self, args: DiffusionGRPOConfig, objective: str | Objective | None) -> Objective:
+        options = args.objective_kwargs or {}
+        if objective is None or (objective == "trace" and not options):
+            return replace(self._default_objective(args), **options)
+        return make_rl_objective(objective, args.num_iterations, **options)
 
     # ------------------------------------------------------------------------------------------------------- rollout
 
@@ -253,7 +259,7 @@ class DiffusionGRPOTrainer(
         rows.trained &= advantage.kept[mine].unsqueeze(1)
         rows.draws = self.objective.draw(rows, CountingDraws(seed_of(self.args, self._mode), generation.first_row))
 
-        output |= rows.to_batch() | self._earlier_logps(rows, generation.rollout)
+        output |= rows.to_batch() | earlier_logps(self, rows, generation.rollout) | num_scored(self, rows)
         output["advantages"] = advantage.values[mine] if advantage.values.dim() == 1 else advantage.values
         output["num_items_in_batch"] = self.accelerator.gather(rows.trained.sum()).sum()
         output["policy_step"] = torch.tensor(self.state.global_step)
@@ -272,59 +278,40 @@ class DiffusionGRPOTrainer(
         """TRL's door: in its loss the `model` is a [`ScoredModel`]; at a rollout it asks too early."""
         return (model.logps, model.entropies, model.aux_loss) if isinstance(model, ScoredModel) else (None, None, None)
 
-    @profiling_decorator
-    def _logps_of(self, model: nn.Module, rows: Rows) -> torch.Tensor:
-        """Log-probabilities `(B, V, R)` of all `V` views, without gradient, a micro-batch at a time."""
-        size = self.args.per_device_train_batch_size if self._mode == "train" else self.args.per_device_eval_batch_size
-        views = []
-        for view in range(self.objective.num_views):
-            parts = []
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                rounds = self.objective.rounds(part, view)
-                with self.accelerator.autocast():
-                    scores = self.scorer(model, part, rounds)
-                parts.append(self.objective.reduce(scores.dense("logps"), rounds))
-            views.append(torch.cat(parts))
-        return torch.stack(views, dim=1)
-
-    def _earlier_logps(self, rows: Rows, rollout: DiffusionRollout) -> dict[str, torch.Tensor]:
-        """Log-probabilities `(B, V, R)` under the policy that decoded the rollout, where the loss meets another one,
-        and under the reference model."""
-        earlier = {}
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            generate_every = self.args.steps_per_generation * self.num_iterations
-            if self.args.gradient_accumulation_steps % generate_every != 0:
-                if self.args.use_rollout_logprobs:
-                    earlier["old_logps"] = rollout.logprobs.unsqueeze(1)
-                else:
-                    earlier["old_logps"] = self._logps_of(self.model, rows)
-                    if self._on_policy.recorded:
-                        self._on_policy(self, earlier["old_logps"][:, 0], rollout.logprobs, rows.trained)
-            if self.beta != 0.0 and self.args.kl_target == "ref":
-                with reference_of(self) as reference:
-                    earlier["ref_logps"] = self._logps_of(reference, rows)
-        return earlier
-
     # ---------------------------------------------------------------------------------------------------------- loss
+
+    def _prepare_inputs(self, generation_batch):
+        inputs, steps = super()._prepare_inputs(generation_batch), self.args.gradient_accumulation_steps
+        if self._mode == "train" and self._step % steps == 0 and self._weighs_batch:
+            first = self._step % self.args.steps_per_generation
+            weigh_batch(self, self._buffered_inputs[first : first + steps])
+        return inputs
 
     def _compute_loss(self, model, inputs):
         rows = Rows.from_batch(inputs, self.grid)
-        view = self._view()
-        rounds = self.objective.rounds(rows, view)
-        with self.accelerator.autocast():
-            scores = self.scorer(model, rows, rounds, aux_loss=self.aux_loss_enabled)
-        parts = self._loss_inputs(inputs, rows, rounds, scores, view)
+        scores, parts = self._score(model, inputs, rows, aux_loss=self.aux_loss_enabled)
         own = self.objective.loss(parts)
         with self._appended() as appended:
             if own is not None:
                 loss = own_loss(self, own, scores)
             else:  # that of `loss_type`
-                inputs, settings = trl_inputs(self, inputs, parts)
+                inputs, settings = trl_inputs(self, inputs, parts, self._num_items(inputs))
                 with temporarily(self, **settings):
                     loss = super()._compute_loss(ScoredModel.of(parts, scores), inputs)
-        self._record_loss(appended, inputs, rows.trained, loss.detach())
+        self._record_loss(appended, inputs, parts.scored, loss.detach(), own is not None)
         return loss
+
+    def _score(self, model: nn.Module, inputs: dict, rows: Rows, **options) -> tuple[Scores, LossInputs]:
+        view = self._view()
+        rounds = self.objective.rounds(rows, view)
+        with self.accelerator.autocast():
+            scores = self.scorer(model, rows, rounds, **options)
+        return scores, self._loss_inputs(inputs, rows, rounds, scores, view)
+
+    def _num_items(self, inputs: dict) -> torch.Tensor:
+        """Scored tokens of the generation batch that `inputs` are part of, under the view of this update."""
+        counts = inputs.get("num_scored")
+        return inputs["num_items_in_batch"] if counts is None else counts[0, self._view()]
 
     def _view(self) -> int:
         """The view that this update takes: the next one each time the rollout comes round."""
@@ -343,5 +330,8 @@ class DiffusionGRPOTrainer(
             self._on_policy(self, logps, recorded, rows.trained)
         if self.args.kl_target == "old":
             ref = logps.detach() if old is None else old
-        num_items = inputs["num_items_in_batch"]
-        return LossInputs(rows, rounds, token_logps, logps, old, ref, inputs["advantages"], num_items)
+        micro_batches = self.args.steps_per_generation if self._mode == "train" else 1
+        num_tokens = self._num_items(inputs) / (self.accelerator.num_processes * micro_batches)
+        settings = (self.epsilon_low, self.epsilon_high, self.beta, inputs.get("batch_weights"))
+        tokens = num_tokens.clamp(min=1e-8)
+        return LossInputs(rows, rounds, token_logps, logps, old, ref, inputs["advantages"], tokens, *settings)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from transformers.trainer_utils import has_length
 
+from ..objectives import Outcome
 from ..types import DiffusionRollout, Rows
-from .advantages import Advantage, Outcome
+from .advantages import Advantage
 from .metrics import EXTREMES, RatioMetricsMixin
 
 
@@ -103,7 +104,9 @@ class GRPOMetricsMixin(RatioMetricsMixin):
         siblings = self.num_generations if training else self.num_generations_eval
         gathered = self.accelerator.gather(advantages)
         total, mine = self._total_rewards(rewards), self._mine(len(rows))
-        advantage = self.estimator(Outcome(rewards, total, gathered, siblings, mine, rows))
+        outcome = Outcome(rewards, total, gathered, siblings, mine, rows)
+        advantage = self.estimator(outcome)
+        advantage.values = self.objective.advantages(advantage.values, outcome)
         if not training:
             advantage.kept = torch.ones_like(advantage.kept)
         elif self.args.accuracy_range is not None:
@@ -117,12 +120,14 @@ class GRPOMetricsMixin(RatioMetricsMixin):
             logged.extend(earlier + advantage.values.tolist())
         return advantage
 
-    def _record_loss(self, appended: dict[str, list[float]], inputs: dict, trained: torch.Tensor, loss) -> None:
-        """TRL's metrics of a micro-batch, each with the tokens or rows it is a mean of."""
+    def _record_loss(
+        self, appended: dict[str, list[float]], inputs: dict, trained: torch.Tensor, loss: torch.Tensor, own: bool
+    ) -> None:
+        """TRL's metrics of a micro-batch, each with the tokens or rows it is a mean of; `own`: not a loss of TRL's."""
         counted = inputs.get("counted", torch.ones_like(trained[:, 0])).sum()
         sizes = torch.stack([trained.sum(), counted, torch.ones_like(trained[:, 0]).sum()])
         tokens, num_counted, rows = self.accelerator.reduce(sizes, "sum").tolist()
-        by_row = self.loss_type in ROW_NORMALISED
+        by_row = own or self.loss_type in ROW_NORMALISED
         if self._mode == "eval":
             if by_row:
                 total = loss * len(trained)

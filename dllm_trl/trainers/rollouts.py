@@ -91,7 +91,10 @@ def naming_the_run(output_dir: str, step: int) -> Iterator[None]:
 
 
 def make_parameters(trainer) -> DiffusionGenerationConfig:
-    """All of sampling comes from the trainer's config, all else from there or from the checkpoint."""
+    """
+    All of sampling comes from the trainer's config, all else from there, from the objective or from the checkpoint.
+    """
+    wanted = trainer.objective.decoding(trainer.block_length)
     extra = dict(trainer.args.generation_kwargs or {})
     values = OFF | {
         "max_new_tokens": trainer.max_completion_length,
@@ -106,11 +109,13 @@ def make_parameters(trainer) -> DiffusionGenerationConfig:
         "eos_token_id": trainer.eos_token_ids,
         "mask_token_id": trainer.mask_token_id,
         "block_length": trainer.block_length,
-        "denoising_steps": trainer.args.denoising_steps or min(trainer.block_length, trainer.max_completion_length),
+        "denoising_steps": trainer.args.denoising_steps,
         "remasking_strategy": trainer.args.remasking_strategy,
         "cache": trainer.args.cache,
     }
     values |= {field.name: getattr(trainer.args, field.name) for field in fields(StrategyArguments)}
+    values |= {name: value for name, value in wanted.items() if values.get(name) is None}
+    values["denoising_steps"] = values["denoising_steps"] or min(trainer.block_length, trainer.max_completion_length)
     config = DiffusionGenerationConfig(**(values | extra))
     model = trainer.model.get_base_model() if is_peft_model(trainer.model) else trainer.model
     config, _ = model._resolve_generation_config(config, trainer._tokenizer)

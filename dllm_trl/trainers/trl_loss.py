@@ -45,14 +45,15 @@ def temporarily(trainer, **settings) -> Iterator[None]:
             setattr(trainer, name, value)
 
 
-def trl_inputs(trainer, inputs: dict, parts: LossInputs) -> tuple[dict, dict[str, float]]:
+def trl_inputs(trainer, inputs: dict, parts: LossInputs, num_items: torch.Tensor) -> tuple[dict, dict[str, float]]:
     """
     What TRL's loss takes, and the settings it is to be computed with. To TRL the completion is the canvas, of which
-    the trained tokens count.
+    the scored tokens count.
     """
     inputs = inputs | {
         "completion_ids": parts.rows.canvas_ids,
-        "completion_mask": parts.rows.trained.long(),
+        "completion_mask": parts.scored.long(),
+        "num_items_in_batch": num_items,
         "old_per_token_logps": parts.old_logps,
         "ref_per_token_logps": parts.ref_logps,
     }
