@@ -31,30 +31,33 @@ class CanvasDecoder(Decoder):
     """
 
     def _first_block(self, row: Row) -> tuple[int, int]:
-        masks = (row.prompt == self.plan.mask_token_id).nonzero()[0]
+        masks = (row.prompt == self.settings.mask_token_id).nonzero()[0]
         start = int(masks[0]) if len(masks) else len(row.prompt)
-        return start, len(row.prompt) + min(self.plan.block_length or row.limit, row.limit)
+        return start, len(row.prompt) + min(self.settings.block_length or row.limit, row.limit)
 
     def _width(self, rows: list[Row]) -> int:
         return max(stop - start for start, stop in map(self._first_block, rows))
 
     def _reserve(self, rows: list[Row], count: int) -> None:
         for row in rows:
-            row.ids[:], row.canvas_length = self.plan.mask_token_id, row.limit  # also of rows that never get a slot
-        self.guided, self.shift = self.plan.cfg_scale > 0, self.model.config.logit_shift
+            row.ids[:], row.canvas_length = (
+                self.settings.mask_token_id,
+                row.limit,
+            )  # of rows without a slot too
+        self.guided, self.shift = self.settings.cfg_scale > 0, self.model.config.logit_shift
         self.length = max(len(row.prompt) + row.limit for row in rows)
         lines = count * (2 if self.guided else 1)
         # One position beyond the longest row takes what a narrower row of a forward is padded with
-        self.ids = np.full((lines, self.length + 1), self.plan.mask_token_id)
+        self.ids = np.full((lines, self.length + 1), self.settings.mask_token_id)
         self.cache = None
-        if self.plan.cache != "none":
+        if self.settings.cache != "none":
             self.cache = SlotCache(self.model.config, lines, self.length + 1, self._dtype(), self.device)
         self.forward.reserve(self.length + 1)
 
     def _fill(self, taken: list[Row]) -> None:
         for row in taken:
             slot = self._begin(row)
-            self.ids[self._lines(slot)] = self.plan.mask_token_id
+            self.ids[self._lines(slot)] = self.settings.mask_token_id
             self.ids[slot, : len(row.prompt)] = row.prompt
             start, stop = self._first_block(row)
             self._open(slot, start, stop, row.prompt[start:])
@@ -90,7 +93,7 @@ class CanvasDecoder(Decoder):
             pieces, twins = zip(*(piece.chunk(2) for piece in pieces), strict=True)
             twin = self._merge(twins, order)
         logits = self._merge(pieces, order)
-        return (twin + (self.plan.cfg_scale + 1) * (logits - twin), logits) if self.guided else (logits, None)
+        return (twin + (self.settings.cfg_scale + 1) * (logits - twin), logits) if self.guided else (logits, None)
 
     def _merge(self, pieces: list[torch.Tensor], order: list[np.ndarray]) -> torch.Tensor:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)[self._tensor(np.concatenate(order).argsort())]
@@ -102,8 +105,8 @@ class CanvasDecoder(Decoder):
         first, last, visible = start, stop, end
         if whole:
             first, last = np.zeros_like(start), end
-        elif self.plan.cache == "prefix":
-            horizon = self.plan.refresh_interval
+        elif self.settings.cache == "prefix":
+            horizon = self.settings.refresh_interval
             last = visible = end if horizon is None else np.minimum(stop + horizon, end)
         copies = (len(lines) // len(rows), 1)
         self._write(rows)
@@ -139,7 +142,7 @@ class CanvasDecoder(Decoder):
         canvas = self.slots["canvas"][rows]
         self.ids[rows[:, None], where] = canvas
         if self.guided:
-            unguided = np.where(self.slots["given"][rows], self.plan.mask_token_id, canvas)
+            unguided = np.where(self.slots["given"][rows], self.settings.mask_token_id, canvas)
             self.ids[rows[:, None] + len(self.slots), where] = unguided
 
     def _store(self, slot: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from .stopping import Stopping
 
 
 @dataclass
-class DecodingPlan:
+class DecodingSettings:
     r"""
     Resolved parameters of one decoding run: every field has its final value.
 
@@ -120,16 +120,16 @@ class Decoder(ABC):
 
     Args:
         model (`nn.Module`): A diffusion language model.
-        plan ([`DecodingPlan`]): Resolved parameters.
+        settings ([`DecodingSettings`]): Resolved parameters.
         fused (`bool`, *optional*): Forces the fused or the stock forward.
         streamer (`BaseStreamer`, *optional*): For one row: receives finished tokens and, if it can, draft canvases.
         show_progress (`bool`, *optional*): Whether a bar shows how far the rows are.
     """
 
     def __init__(
-        self, model, plan: DecodingPlan, fused: bool | None = None, streamer=None, show_progress: bool = False
+        self, model, settings: DecodingSettings, fused: bool | None = None, streamer=None, show_progress: bool = False
     ):
-        self.model, self.plan, self.streamer, self.show_progress = model, plan, streamer, show_progress
+        self.model, self.settings, self.streamer, self.show_progress = model, settings, streamer, show_progress
         self.forward = make_forward(model, fused)
         self.device = execution_device(model)
 
@@ -149,7 +149,7 @@ class Decoder(ABC):
                     self._fill(taken)
                 active = len(self.rows)
                 bar.step(self._step(), forwards=active)
-                if self.plan.deadline is not None and time.time() > self.plan.deadline:
+                if self.settings.deadline is not None and time.time() > self.settings.deadline:
                     waiting.clear()
                     for slot in reversed(range(len(self.rows))):
                         self._cut(slot)
@@ -157,7 +157,7 @@ class Decoder(ABC):
 
     def _width(self, rows: list[Row]) -> int:
         """Positions that a slot holds at a time: those of the widest block."""
-        return self.plan.block_length
+        return self.settings.block_length
 
     @abstractmethod
     def _reserve(self, rows: list[Row], count: int) -> None:
@@ -173,7 +173,7 @@ class Decoder(ABC):
 
     def _block_widths(self, slots: np.ndarray) -> np.ndarray | int:
         """Width of the block, of which the schedule takes its share."""
-        return self.plan.block_length
+        return self.settings.block_length
 
     @abstractmethod
     def _logits(self, slots: np.ndarray, read: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -192,7 +192,7 @@ class Decoder(ABC):
 
     def _open(self, slot: int, start: int, stop: int, head: np.ndarray) -> None:
         """A new block from `start` to `stop`, which begins with the tokens `head`; masks among them get filled."""
-        block, mask = self.slots[slot], self.plan.mask_token_id
+        block, mask = self.slots[slot], self.settings.mask_token_id
         stop = min(stop, int(block["end"]))
         block["start"], block["stop"], block["step"], block["steps"] = start, stop, 0, -1
         block["canvas"] = mask
@@ -202,7 +202,7 @@ class Decoder(ABC):
 
     def _step(self) -> int:
         """Returns how many tokens were committed."""
-        plan, width, slots = self.plan, self.width, self.slots[: len(self.rows)]
+        settings, width, slots = self.settings, self.width, self.slots[: len(self.rows)]
         start, masked, candidates = slots["start"], slots["masked"], self._candidates(slots)
         read = candidates.reshape(-1).nonzero()[0]
         logits, conditional = self._logits(slots, read)
@@ -211,7 +211,7 @@ class Decoder(ABC):
         positions = start[row_of] + read % width
         tokens, log_probs, scores = self._sample(logits, conditional, slots, candidates, row_of, positions)
         quota = self._quotas(slots, candidates)
-        commit = plan.sampler(scores, scores.masked, self._tensor(quota)).cpu().numpy()  # (A, W)
+        commit = settings.sampler(scores, scores.masked, self._tensor(quota)).cpu().numpy()  # (A, W)
         chosen = commit[candidates]
         slots["canvas"][commit] = tokens[chosen]
         slots["logprobs"][commit] = log_probs[chosen]
@@ -229,7 +229,7 @@ class Decoder(ABC):
         return int(commit.sum())
 
     def _quotas(self, slots: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        return self.plan.quotas(slots["step"], candidates.sum(-1), self._block_widths(slots))
+        return self.settings.quotas(slots["step"], candidates.sum(-1), self._block_widths(slots))
 
     def _spans(self, visible: np.ndarray, slots: np.ndarray, offset: int = 0) -> list[Span]:
         # On CPU few rows at a time see only as many keys as they need; elsewhere one launch for all is better
@@ -244,37 +244,39 @@ class Decoder(ABC):
 
     def _sample(self, logits, conditional, slots, candidates, row_of, positions):
         """A token for each position of `logits`, its log-probability, and the scores for the strategy."""
-        plan = self.plan
-        if plan.suppress_eos:
+        settings = self.settings
+        if settings.suppress_eos:
             conditional = logits if conditional is None else conditional
-            logits = logits.index_fill(-1, self._tensor(plan.eos_token_ids[plan.eos_token_ids >= 0]), -torch.inf)
+            logits = logits.index_fill(
+                -1, self._tensor(settings.eos_token_ids[settings.eos_token_ids >= 0]), -torch.inf
+            )
         raw = logits
-        if plan.temperature not in (0, 1):
-            logits = logits / plan.temperature
+        if settings.temperature not in (0, 1):
+            logits = logits / settings.temperature
         every = logits.log_softmax(-1)
-        allowed = every.index_fill(-1, plan.suppressed, -torch.inf)
-        if plan.processors or plan.place_rules is not None:
-            allowed = raw.index_fill(-1, plan.suppressed, -torch.inf)
-            if plan.place_rules is not None:
+        allowed = every.index_fill(-1, settings.suppressed, -torch.inf)
+        if settings.processors or settings.place_rules is not None:
+            allowed = raw.index_fill(-1, settings.suppressed, -torch.inf)
+            if settings.place_rules is not None:
                 place = positions - np.array([len(row.prompt) for row in self.rows])[row_of]
                 last = positions == slots["end"][row_of] - 1
-                ruled = plan.place_rules(allowed, *map(self._tensor, (place, positions, last)))
+                ruled = settings.place_rules(allowed, *map(self._tensor, (place, positions, last)))
                 allowed = ruled.where(self._tensor(place >= 0)[:, None], allowed)  # the response's, not the prompt's
-            if plan.processors:
-                allowed = self._process(plan.processors, allowed, row_of)
-            allowed = allowed / (plan.temperature or 1)
+            if settings.processors:
+                allowed = self._process(settings.processors, allowed, row_of)
+            allowed = allowed / (settings.temperature or 1)
         counters = slots["key"][row_of], positions, slots["step"][row_of]
-        if plan.temperature > 0:
-            allowed = plan.warpers(None, allowed)
-        if plan.watermark:
-            allowed = self._process(plan.watermark, allowed, row_of)
-        if plan.temperature > 0:
+        if settings.temperature > 0:
+            allowed = settings.warpers(None, allowed)
+        if settings.watermark:
+            allowed = self._process(settings.watermark, allowed, row_of)
+        if settings.temperature > 0:
             tokens = draw(allowed, self._tensor(uniform(*counters, 0)))
         else:
             tokens = allowed.argmax(-1)
         log_probs = recorded = every.gather(-1, tokens[:, None]).squeeze(-1)
         if conditional is not None:
-            conditional = conditional / (plan.temperature or 1)
+            conditional = conditional / (settings.temperature or 1)
             recorded = conditional.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
         # What cannot be a probability is noticed in numbers that go to the host anyway
         recorded = recorded.where(~log_probs.isnan(), torch.nan)
@@ -288,7 +290,7 @@ class Decoder(ABC):
                 "model: try `bfloat16` or `float32`."
             )
         masked = self._tensor(candidates)
-        scores = TokenScores(masked, log_probs, every, lambda: self._tensor(uniform(*counters, 1)), plan.alg_temp)
+        scores = TokenScores(masked, log_probs, every, lambda: self._tensor(uniform(*counters, 1)), settings.alg_temp)
         return tokens, recorded, scores
 
     def _process(self, processors: LogitsProcessorList, logits: torch.Tensor, row_of: np.ndarray) -> torch.Tensor:
@@ -304,7 +306,7 @@ class Decoder(ABC):
     def _context(self, slot: int) -> torch.Tensor:
         """Prompt and committed tokens of a row, `(1, length)`."""
         row = self.rows[slot]
-        prompt = row.prompt[row.prompt != self.plan.mask_token_id]
+        prompt = row.prompt[row.prompt != self.settings.mask_token_id]
         return self._tensor(np.concatenate([prompt, row.ids[row.steps >= 0]])[None])
 
     def _store(self, slot: int) -> tuple[int, int]:
@@ -340,13 +342,13 @@ class Decoder(ABC):
     def _finish(self, row: Row, first: int, last: int) -> bool:
         """The response grows by the tokens `first:last`, up to EOS or where a stopping criterion ends it."""
         row.length = last
-        ends = (row.ids[first:last, None] == self.plan.eos_token_ids).any(-1).nonzero()[0]
+        ends = (row.ids[first:last, None] == self.settings.eos_token_ids).any(-1).nonzero()[0]
         if len(ends):
             row.length = first + int(ends[0]) + 1
         kept = None
-        if self.plan.stopping and row.length > first:
+        if self.settings.stopping and row.length > first:
             ids = self._tensor(row.prompt), self._tensor(row.ids[: row.length])
-            kept = self.plan.stopping(row.index, *ids, first)
+            kept = self.settings.stopping(row.index, *ids, first)
         row.length = row.length if kept is None else kept
         if self.streamer is not None and row.length > first:
             self.streamer.put(torch.from_numpy(row.ids[first : row.length][None]))
@@ -355,7 +357,7 @@ class Decoder(ABC):
     def _next(self, slot: int) -> None:
         """Opens the block after the one that is full."""
         start = int(self.slots["stop"][slot])
-        self._open(slot, start, start + self.plan.block_length, np.zeros(0, dtype=np.int64))
+        self._open(slot, start, start + self.settings.block_length, np.zeros(0, dtype=np.int64))
 
     def _close(self, slot: int) -> None:
         """Frees a slot; the last row in flight moves there, so that rows in flight are slots 0, 1, ..."""

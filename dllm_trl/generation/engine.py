@@ -10,7 +10,7 @@ from torch import nn
 from ..types import DiffusionRollout, Grid
 from .block import BlockDecoder
 from .canvas import CanvasDecoder
-from .decoder import DecodingPlan, Row
+from .decoder import DecodingSettings, Row
 from .sampling import mix
 from .sharded import whole_weights
 
@@ -33,7 +33,7 @@ def decode(
     model,
     prompts: list[np.ndarray],
     limits: list[int],
-    plan: DecodingPlan,
+    settings: DecodingSettings,
     num_generations: int = 1,
     num_slots: int | None = None,
     index_offset: int = 0,
@@ -43,21 +43,21 @@ def decode(
 ) -> DiffusionRollout:
     """Decodes `num_generations` responses to each prompt, siblings adjacent, and lays them out as a rollout on CPU."""
     rows = [
-        Row(prompt, limit, mix(plan.seed, index_offset + i, sibling), i * num_generations + sibling)
+        Row(prompt, limit, mix(settings.seed, index_offset + i, sibling), i * num_generations + sibling)
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
         for sibling in range(num_generations)
     ]
     full = model.config.diffusion_attention == "full"
     decoder = CanvasDecoder if full else BlockDecoder
-    active = [row for row in rows if row.limit or plan.mask_token_id in row.prompt]  # the others are done
+    active = [row for row in rows if row.limit or settings.mask_token_id in row.prompt]  # the others are done
     with evaluating(model), whole_weights(model):
-        decoder(model, plan, fused, streamer, show_progress).run(active, num_slots or len(active))
+        decoder(model, settings, fused, streamer, show_progress).run(active, num_slots or len(active))
     batch, width = len(rows), max(row.canvas_length for row in rows)
     prompt_width = max(len(row.prompt) for row in rows)
     shape = (batch, width)
-    prompt_ids = np.full((batch, prompt_width), plan.pad_token_id)
+    prompt_ids = np.full((batch, prompt_width), settings.pad_token_id)
     prompt_mask = np.zeros((batch, prompt_width), dtype=np.int64)
-    completion_ids, canvas_ids = np.full(shape, plan.pad_token_id), np.full(shape, plan.pad_token_id)
+    completion_ids, canvas_ids = np.full(shape, settings.pad_token_id), np.full(shape, settings.pad_token_id)
     completion_mask, canvas_mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     step_map, logprobs = np.full(shape, -1), np.zeros(shape, dtype=np.float32)
     for i, row in enumerate(rows):
@@ -69,5 +69,5 @@ def decode(
         step_map[i, seen], logprobs[i, seen] = row.steps[seen], row.logprobs[seen]
     tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, canvas_ids, canvas_mask, step_map, logprobs)
     forwards = torch.tensor([row.forwards for row in rows])
-    grid = Grid.of(model.config.diffusion_attention, plan.block_length or max(width, 1))
+    grid = Grid.of(model.config.diffusion_attention, settings.block_length or max(width, 1))
     return DiffusionRollout(*map(torch.from_numpy, tensors), forwards, grid)

@@ -29,7 +29,7 @@ from .checks import (
     token_ids,
 )
 from .configuration import ARGUMENTS, METHODS, DiffusionGenerationConfig
-from .decoder import DecodingPlan
+from .decoder import DecodingSettings
 from .engine import decode
 from .forward import execution_device
 from .processors import make_place_rules, make_processors, make_warpers, make_watermark
@@ -143,7 +143,7 @@ class DiffusionGenerationMixin(GenerationMixin):
     ) -> tuple[DiffusionGenerationConfig, dict[str, Any]]:
         return resolve(self, generation_config, kwargs, tokenizer)
 
-    def _decoding_plan(
+    def _decoding_settings(
         self,
         config: DiffusionGenerationConfig,
         logits_processor: LogitsProcessorList | None = None,
@@ -152,7 +152,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
         shape: tuple[int, int] = (1, 0),
         infills: bool = False,
-    ) -> DecodingPlan:
+    ) -> DecodingSettings:
         """The parameters of one run, whose batch has a `shape` (rows, width of the prompts) and may hold masks."""
         device = execution_device(self)
         check_vocabulary(config, self.config.vocab_size)
@@ -176,7 +176,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
         eos = torch.tensor(eos_token_ids, dtype=torch.long, device=device)
         processors = make_processors(config, eos, prefix_allowed_tokens_fn, infills)
-        return DecodingPlan(
+        return DecodingSettings(
             block_length=config.block_length,
             quotas=make_quotas(config.denoising_schedule, config.denoising_steps, vars(config)),
             sampler=make_sampler(config.remasking_strategy, vars(config)),
@@ -292,12 +292,14 @@ class DiffusionGenerationMixin(GenerationMixin):
         self._check_prompts(prompts, [limit] * len(prompts))
         check_siblings("num_return_sequences", config.num_return_sequences, config)
         shape = len(inputs) * config.num_return_sequences, inputs.size(1)
-        plan = self._decoding_plan(
+        settings = self._decoding_settings(
             config, logits_processor, stopping_criteria, tokenizer, prefix_allowed_tokens_fn, shape, infills
         )
         if streamer is not None:
             streamer.put(inputs.cpu())
-        rollout = decode(self, prompts, [limit] * len(prompts), plan, config.num_return_sequences, streamer=streamer)
+        rollout = decode(
+            self, prompts, [limit] * len(prompts), settings, config.num_return_sequences, streamer=streamer
+        )
         if streamer is not None:
             streamer.end()
         rollout = rollout.to(inputs.device)
@@ -447,7 +449,7 @@ def generate_rollouts(
         tokenizer,
     )
     shape = len(arrays) * num_generations, max(map(len, arrays))
-    plan = model._decoding_plan(config, tokenizer=tokenizer, shape=shape)
+    settings = model._decoding_settings(config, tokenizer=tokenizer, shape=shape)
     return decode(
-        model, arrays, limits, plan, num_generations, num_slots, index_offset, fused, show_progress=show_progress
+        model, arrays, limits, settings, num_generations, num_slots, index_offset, fused, show_progress=show_progress
     )

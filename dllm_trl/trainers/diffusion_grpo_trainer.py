@@ -16,7 +16,8 @@ from ..scoring import Scorer, Scores
 from ..types import Grid, Round, Rows
 from .advantages import Estimator, GroupEstimator, SignalWatch, is_overlong
 from .batch_weights import weigh_batch
-from .checks import (
+from .completion_tables import CompletionTablesMixin
+from .constructor_checks import (
     check_attention,
     check_context,
     check_enough_prompts,
@@ -33,7 +34,6 @@ from .checks import (
     find_mask_token,
     guard_reward,
 )
-from .completion_tables import CompletionTablesMixin
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .draws import CountingDraws
 from .earlier_logps import earlier_logps, num_scored

@@ -13,7 +13,7 @@ from trl import pack_dataset
 from trl.data_utils import get_dataset_column_names
 
 from ..generation.checks import is_conversation
-from .checks import check_dataset
+from .constructor_checks import check_dataset
 
 
 def check_sft_columns(name: str, dataset, text_field: str) -> None:

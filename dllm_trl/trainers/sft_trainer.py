@@ -29,7 +29,7 @@ from ..scoring import Scorer, Scores
 from ..scoring.layout import PackedRounds
 from ..types import Grid, Round, Rows
 from .chat_template import mark_assistant
-from .checks import (
+from .constructor_checks import (
     check_eos,
     check_kind,
     check_model,

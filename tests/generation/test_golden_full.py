@@ -215,7 +215,7 @@ def forwards_of(case, row, block):
 def decode_case(model, family, case, rows, fused, monkeypatch):
     """A rollout of some of the prompts, and how many tokens each of its forwards computed of a row."""
     config, stopping = parameters(family, case)
-    plan = model._decoding_plan(model._resolve_generation_config(config)[0], stopping_criteria=stopping)
+    settings = model._decoding_settings(model._resolve_generation_config(config)[0], stopping_criteria=stopping)
     masks = case.get("attention_mask") or [[1] * len(row) for row in case["prompt_ids"]]
     prompts = [torch.tensor(case["prompt_ids"][i])[torch.tensor(masks[i]).bool()].numpy() for i in rows]
     widths = []
@@ -226,7 +226,7 @@ def decode_case(model, family, case, rows, fused, monkeypatch):
             return step(self, units, *args)
 
         monkeypatch.setattr(cls, "step", recorded)
-    rollout = decode(model, prompts, [config.max_new_tokens] * len(prompts), plan, fused=fused)
+    rollout = decode(model, prompts, [config.max_new_tokens] * len(prompts), settings, fused=fused)
     monkeypatch.undo()
     return rollout, widths, config.block_length
 

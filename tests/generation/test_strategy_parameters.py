@@ -121,5 +121,5 @@ def test_eps_of_a_published_file_is_that_of_the_dream_schedule():
     config, _ = model._resolve_generation_config(None, max_new_tokens=16)
     step, masked, width = (torch.tensor([n]).numpy() for n in (0, 16, 16))
     # linspace(1, 0.5, 5) goes to 0.875 in its first step, and 16 (1 - 0.875) = 2; with 1e-3 it would be 3
-    assert model._decoding_plan(config).quotas(step, masked, width).tolist() == [2]
+    assert model._decoding_settings(config).quotas(step, masked, width).tolist() == [2]
     assert make_quotas("dream", 4, {})(step, masked, width).tolist() == [3]

@@ -23,7 +23,7 @@ from dllm_trl.trainers import (
     TraceRLTrainer,
 )
 from dllm_trl.trainers.advantages import GroupEstimator, in_accuracy_range, is_overlong, population_z_score
-from dllm_trl.trainers.checks import check_reward_columns
+from dllm_trl.trainers.constructor_checks import check_reward_columns
 from dllm_trl.types import Round, Rows
 
 from .tiny_rl import (

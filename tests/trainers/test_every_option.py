@@ -18,8 +18,8 @@ from .tiny_rl import letter_reward, make_model, make_tokenizer
 
 # Where options that have a test of their own have it
 TESTED = {
-    "router_aux_loss_coef": "test_checks.py::test_router_loss",
-    "trust_remote_code": "test_checks.py::test_a_family_of_ones_own_beside_its_checkpoint_needs_trust",
+    "router_aux_loss_coef": "test_constructor_checks.py::test_router_loss",
+    "trust_remote_code": "test_constructor_checks.py::test_a_family_of_ones_own_beside_its_checkpoint_needs_trust",
 }
 TESTED_IN_RL = TESTED | {
     "disable_dropout": "test_exact_resume.py::test_adapters_resume",
@@ -139,12 +139,12 @@ STOCK = {
         local_rank ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph
         ddp_timeout fsdp fsdp_config deepspeed parallelism_config""",
     "random state is stock `Trainer`'s, and tests of both trainers resume and reseed": "seed full_determinism",
-    "devices and precision: `test_checks.py::test_half_precision_that_a_cpu_does_not_have`": """
+    "devices and precision: `test_constructor_checks.py::test_half_precision_that_a_cpu_does_not_have`": """
         use_cpu bf16 fp16 bf16_full_eval fp16_full_eval tf32""",
     "checkpointing changes nothing: `test_sft_trainer.py::test_gradient_checkpointing_changes_nothing`": """
         gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
         activation_checkpointing_kwargs""",
-    "`test_neftune.py` in SFT, refused in RL (`test_checks.py`)": "neftune_noise_alpha",
+    "`test_neftune.py` in SFT, refused in RL (`test_constructor_checks.py`)": "neftune_noise_alpha",
 }
 STOCK_IN_SFT = {
     "order and metrics are stock `Trainer`'s": """

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dllm_trl import TraceRLConfig, TraceRLTrainer
-from dllm_trl.trainers.checks import check_sharding
+from dllm_trl.trainers.constructor_checks import check_sharding
 
 from .test_distributed import HERE, history, launch
 from .tiny_rl import make_model, make_tokenizer

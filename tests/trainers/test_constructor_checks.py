@@ -7,7 +7,13 @@ import pytest
 
 from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer, TraceRLConfig, TraceRLTrainer
 from dllm_trl.modeling import FAMILIES, NAMESAKES
-from dllm_trl.trainers.checks import check_model, check_options, check_peft, check_precision, check_router_loss
+from dllm_trl.trainers.constructor_checks import (
+    check_model,
+    check_options,
+    check_peft,
+    check_precision,
+    check_router_loss,
+)
 
 from .tiny_rl import ON_CPU, TINY, letter_reward, make_model, make_prompts, make_tokenizer
 
