@@ -1,0 +1,88 @@
+"""Corruptions that several objectives share: pure functions of numbers that an objective drew and a row keeps."""
+
+import torch
+
+from ..types import Round, Rows
+from .base import Random
+
+
+def mask_counted(trained: torch.Tensor, count: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Exactly `count` `(B, 1)` tokens of `trained` `(B, R)`, or all there are: those of the smallest `uniform`."""
+    order = uniform.masked_fill(~trained, 2.0).argsort(dim=1, stable=True).argsort(dim=1)
+    return trained & (order < count)
+
+
+def block_random_masks(
+    trained: torch.Tensor,
+    blocks: torch.Tensor,
+    place: torch.Tensor,
+    share: torch.Tensor,
+    uniform: torch.Tensor,
+    earlier: float = 0.15,
+) -> torch.Tensor:
+    r"""
+    What decoding block by block sees, roughly (SPG, arXiv 2510.09541): one block of the response is masked in part,
+    all of what comes after it, and little of what comes before.
+
+    Args:
+        trained (`torch.BoolTensor` of shape `(B, R)`):
+            Response tokens that may be masked.
+        blocks (`torch.LongTensor` of shape `(B, R)`):
+            Block of each token, ascending.
+        place (`torch.FloatTensor` of shape `(B, 1)`):
+            Number in [0, 1) that picks one of the blocks that hold a trained token.
+        share (`torch.FloatTensor` of shape `(B, 1)`):
+            Number in [0, 1) that says how many of its `n` trained tokens are masked: 1 to `n`, equally likely.
+        uniform (`torch.FloatTensor` of shape `(B, R)`):
+            Number in [0, 1) of each token. The smallest of the block are masked.
+        earlier (`float`, *optional*, defaults to `0.15`):
+            Tokens of earlier blocks whose number is below it are masked.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, R)`: trained tokens that are masked.
+    """
+    blocks = blocks - blocks[:, :1]
+    has = torch.zeros_like(blocks).scatter_reduce(1, blocks, trained.long(), "amax")
+    number = has.sum(1, keepdim=True)
+    chosen = torch.minimum((place * number).long(), number - 1)  # rounding may reach the number itself
+    current = ((has * has.cumsum(1)) == chosen + 1).long().argmax(1, keepdim=True)
+    mine = trained & (blocks == current)
+    width = mine.sum(1, keepdim=True)
+    part = mask_counted(mine, 1 + (share * width).long(), uniform)
+    return part | trained & ((blocks > current) | (blocks < current) & (uniform < earlier))
+
+
+def draw_prompt(rows: Rows, random: Random) -> torch.Tensor:
+    """A number `(B, P)` for each prompt token: the same however the prompt is padded."""
+    exists = rows.prompt_mask.bool()
+    first = torch.arange(exists.size(1), device=exists.device) < exists.sum(1, keepdim=True)
+    numbers = random.uniform(first)
+    return torch.zeros_like(numbers).masked_scatter(exists, numbers[first])
+
+
+def draw_block_random(rows: Rows, random: Random, num_samples: int, name: str = "") -> dict[str, torch.Tensor]:
+    """What [`block_random_rounds`] is made of, for as many draws as it is to have, under keys that begin with
+    `name`."""
+    once = rows.trained.any(1, keepdim=True)
+    drawn = {f"{name}place": random.uniform(once), f"{name}prompt": draw_prompt(rows, random)}
+    for sample in range(num_samples):
+        drawn[f"{name}share{sample}"] = random.uniform(once)
+        drawn[f"{name}mask{sample}"] = random.uniform(rows.trained)
+    return drawn
+
+
+def block_random_rounds(rows: Rows, num_samples: int, name: str = "", earlier: float = 0.15) -> list[Round]:
+    """
+    `num_samples` corruptions of [`block_random_masks`], each with another block of the response as long as there are
+    enough, that score all trained tokens they mask. Prompt tokens are masked with probability `earlier`, and so is
+    whatever comes after the trained tokens, always.
+    """
+    draws, trained, rounds = rows.draws, rows.trained, []
+    unknown = rows.canvas_mask.bool() & ~trained & trained.any(1, keepdim=True)
+    prompt_masked = rows.prompt_mask.bool() & (draws[f"{name}prompt"] < earlier)
+    for sample in range(num_samples):
+        place = (draws[f"{name}place"] + sample / num_samples) % 1
+        share, uniform = draws[f"{name}share{sample}"], draws[f"{name}mask{sample}"]
+        scored = block_random_masks(trained, rows.blocks, place, share, uniform, earlier)
+        rounds.append(Round(scored | unknown, scored, prompt_masked=prompt_masked))
+    return rounds
