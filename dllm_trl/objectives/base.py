@@ -45,6 +45,9 @@ class Outcome:
             This process's responses.
         values (`torch.FloatTensor` of shape `(B, R)`, *optional*):
             What a critic expected of each token.
+        token_rewards (`torch.FloatTensor` of shape `(B, R)`, *optional*):
+            Rewards that lie on tokens, normalised, in place of one at the end. `None`: what estimators that work on
+            tokens make of it is the normalised reward of the response on every token of its last trained step.
     """
 
     rewards: torch.Tensor
@@ -54,6 +57,7 @@ class Outcome:
     mine: slice
     rows: Rows
     values: torch.Tensor | None = None
+    token_rewards: torch.Tensor | None = None
 
 
 @dataclass
