@@ -163,7 +163,7 @@ class Objective(ABC):
     causal: ClassVar[bool] = False
     step_map: ClassVar[str] = "unused"
     fills: ClassVar[bool] = True
-    loss_norm: ClassVar[str] = "token"
+    loss_norm: str = "token"
 
     def draw(self, rows: Rows, random: Random) -> dict[str, torch.Tensor]:
         """

@@ -23,7 +23,7 @@ class RandomMaskObjective(Objective):
         weighting (`str`, *optional*, defaults to `"elbo"`):
             `"elbo"`: 1/p, the likelihood bound of LLaDA and of MDLM's linear schedule. `"cart"`: by the distance to
             what is visible ([`cart_weights`], Dream), the prompt included. `"mean"`: each sequence's loss is that of
-            its masked tokens on average. `"none"`: 1.
+            its masked tokens on average. `"none"`: 1, and the loss is the mean over all masked tokens (dFactory).
         eps (`float`, *optional*, defaults to `1e-3`):
             Smallest mask probability.
         largest (`float`, *optional*, defaults to `1.0`):
@@ -33,12 +33,15 @@ class RandomMaskObjective(Objective):
     """
 
     attentions: ClassVar[tuple[str, ...]] = ("full",)
-    loss_norm: ClassVar[str] = "sequence"
 
     weighting: str = "elbo"
     eps: float = 1e-3
     largest: float = 1.0
     cart_p: float = 0.3
+
+    @property
+    def loss_norm(self) -> str:
+        return "masked" if self.weighting == "none" else "sequence"
 
     def draw(self, rows: Rows, random: Random) -> dict[str, torch.Tensor]:
         return {"level": random.levels(rows.trained.any(1, keepdim=True)), "uniform": random.uniform(rows.trained)}

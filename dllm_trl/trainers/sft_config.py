@@ -7,6 +7,7 @@ from trl import SFTConfig
 from ..generation.configuration import reject_renamed
 from ..objectives.random_mask import WEIGHTINGS
 from .counts import check_counts
+from .sft_loss import LOSS_NORMS
 
 
 @dataclass
@@ -27,9 +28,10 @@ class DiffusionSFTConfig(SFTConfig):
             tokens of a slice of `objective="semi_ar"`, which needs it.
         loss_norm (`str`, *optional*):
             What the weighted sum of negative log-likelihoods is divided by: `"token"`, the trained tokens of the whole
-            batch; `"sequence"`, each sequence's own trained tokens, then averaged over sequences; `"batch"`, the
-            number of sequences. The batch is that of an optimizer step, over all processes. `None`: `"sequence"` for
-            `objective="random_mask"` (LLaDA's loss) and `"semi_ar"` (a mean over each slice), else `"token"`.
+            batch; `"sequence"`, each sequence's own trained tokens, then averaged over sequences; `"masked"`, the
+            masked tokens of the whole batch; `"batch"`, the number of sequences. The batch is that of an optimizer
+            step, over all processes. `None`: `"sequence"` for `objective="random_mask"` (LLaDA's loss) and `"semi_ar"`
+            (a mean over each slice), `"masked"` for `weighting="none"` (dFactory's loss), else `"token"`.
         eos_fill (`bool`, *optional*):
             Whether documents that end are filled up with EOS tokens, which are masked, trained and counted like the
             others: decoding fills positions after EOS too. Block attention: to the end of the last block. Full
@@ -50,7 +52,7 @@ class DiffusionSFTConfig(SFTConfig):
         weighting (`str`, *optional*, defaults to `"elbo"`):
             With `objective="random_mask"`: weight of a masked token. `"elbo"`: 1 / mask probability (LLaDA, MDLM);
             `"cart"`: by its distance to visible tokens (Dream); `"mean"`: each sequence's loss is the mean over its
-            masked tokens; `"none"`: 1.
+            masked tokens; `"none"`: 1, and the loss is the mean over all masked tokens.
         cart_p (`float`, *optional*, defaults to `0.3`):
             With `weighting="cart"`: parameter of the geometric distribution, in (0, 1].
         shrink (`int`, *optional*, defaults to `1`):
@@ -79,9 +81,9 @@ class DiffusionSFTConfig(SFTConfig):
         default=None,
         metadata={
             "help": "What the loss is divided by: trained tokens of the batch ('token'), of each sequence "
-            "('sequence'), or the number of sequences ('batch'). `None`: 'sequence' for 'random_mask' and 'semi_ar', "
-            "else 'token'.",
-            "choices": ["token", "sequence", "batch"],
+            "('sequence'), masked tokens of the batch ('masked'), or the number of sequences ('batch'). `None`: "
+            "'sequence' for 'random_mask' and 'semi_ar', 'masked' for `weighting='none'`, else 'token'.",
+            "choices": list(LOSS_NORMS),
         },
     )
     eos_fill: bool | None = field(
@@ -141,7 +143,7 @@ class DiffusionSFTConfig(SFTConfig):
         if not 0 < self.cart_p <= 1:
             raise ValueError(f"`cart_p` must be larger than 0 and at most 1, but is {self.cart_p}.")
         choices = {
-            "loss_norm": (None, "token", "sequence", "batch"),
+            "loss_norm": (None, *LOSS_NORMS),
             "noise_per": ("block", "sequence"),
             "weighting": WEIGHTINGS,
         }

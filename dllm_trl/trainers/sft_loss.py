@@ -5,6 +5,9 @@ import torch
 from ..types import Round
 
 
+LOSS_NORMS = ("token", "sequence", "masked", "batch")
+
+
 def sft_loss(
     nll: torch.Tensor,
     loss_weight: torch.Tensor,
@@ -27,22 +30,30 @@ def sft_loss(
             Tokens that are trained in each row, scored this time or not.
         loss_norm (`str`, *optional*, defaults to `"token"`):
             `"token"`: the sum over all trained tokens of the batch. `"sequence"`: each row's sum over its own trained
-            tokens, averaged over rows. `"batch"`: the sum over the number of rows.
+            tokens, averaged over rows. `"masked"`: the sum over all scored tokens of the batch. `"batch"`: the sum
+            over the number of rows.
         num_items (`torch.Tensor` or `int`, *optional*):
-            Trained tokens (rows, for `"sequence"` and `"batch"`) of the whole accumulated batch of all processes.
-            `None` counts those of this batch.
+            Trained tokens (scored ones for `"masked"`, rows for `"sequence"` and `"batch"`) of the whole accumulated
+            batch of all processes. `None` counts those of this batch.
     """
     total = nll * loss_weight
     if loss_norm == "sequence":
         total = total / num_trained[row]
     if num_items is None:
-        num_items = num_loss_items(num_trained, loss_norm)
+        num_items = num_loss_items(num_trained, loss_norm, len(nll))
     return total.sum() / torch.as_tensor(num_items, device=total.device).clamp(min=1)
 
 
-def num_loss_items(num_trained: torch.Tensor, loss_norm: str) -> torch.Tensor:
-    """What `loss_norm` divides by: trained tokens, or rows that have any."""
+def num_loss_items(num_trained: torch.Tensor, loss_norm: str, num_scored: torch.Tensor | int) -> torch.Tensor:
+    """What `loss_norm` divides by: trained tokens, scored ones, or rows that have any to train."""
+    if loss_norm == "masked":
+        return torch.as_tensor(num_scored, device=num_trained.device)
     return num_trained.sum() if loss_norm == "token" else (num_trained > 0).sum()
+
+
+def num_scored(rounds: list[Round]) -> torch.Tensor:
+    """Scored tokens of all rounds."""
+    return torch.stack([r.scored.sum() for r in rounds]).sum()
 
 
 def loss_weights(rounds: list[Round], index: tuple[torch.Tensor, ...], like: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ from .sft_data import (
     check_tokens,
     prepare_step_maps,
 )
-from .sft_loss import loss_weights, num_loss_items, sft_loss
+from .sft_loss import loss_weights, num_loss_items, num_scored, sft_loss
 from .unread_options import UNREAD, check_unread
 
 
@@ -351,38 +351,39 @@ class DiffusionSFTTrainer(
         for rows, _ in corruptions:
             counted = CountedDraws()
             self.objective.draw(rows, counted)
-            needs.append(
-                [counted.num_levels, counted.num_uniform, num_loss_items(rows.trained.sum(1), self.loss_norm)]
-            )
-        needs = torch.tensor(needs, device=device)  # (accumulation steps, 3)
+            needs.append([counted.num_levels, counted.num_uniform])
+        needs = torch.tensor(needs, device=device)  # (accumulation steps, 2)
         # In the order in which one process would have met the batches: by accumulation step, then by process.
-        needs = self.accelerator.gather(needs[None]).transpose(0, 1).reshape(-1, 3).cpu()
+        needs = self.accelerator.gather(needs[None]).transpose(0, 1).reshape(-1, 2).cpu()
         totals, ends = needs.sum(0).tolist(), needs.cumsum(0)
 
         generator = make_generator(self.args.seed, self.state.global_step)
         levels = draw_levels(totals[0], generator, self.args.antithetic)
         uniform = torch.rand(totals[1], generator=generator)
+        num_items = torch.zeros(1, dtype=torch.long, device=device)
         for step, (rows, source) in enumerate(corruptions):
             place = step * self.accelerator.num_processes + self.accelerator.process_index
-            (level_end, uniform_end, _), (num_levels, num_uniform, _) = ends[place].tolist(), needs[place].tolist()
+            (level_end, uniform_end), (num_levels, num_uniform) = ends[place].tolist(), needs[place].tolist()
             pool = PooledDraws(
                 levels[level_end - num_levels : level_end], uniform[uniform_end - num_uniform : uniform_end]
             )
-            batches[step]["rows"] = replace(rows, draws=self.objective.draw(rows, pool)), source
-        if not self.args.average_tokens_across_devices:
-            own = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-            totals = needs[own].sum(0).tolist()
-        return batches, torch.tensor(totals[2], device=device)
+            rows = replace(rows, draws=self.objective.draw(rows, pool))
+            rounds = self.objective.rounds(rows)
+            batches[step]["rows"] = rows, rounds, source
+            num_items += num_loss_items(rows.trained.sum(1), self.loss_norm, num_scored(rounds))
+        if self.args.average_tokens_across_devices:
+            num_items = self.accelerator.gather(num_items)
+        return batches, num_items.sum()
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "rows" in inputs:
-            rows, source = inputs["rows"]
+            rows, rounds, source = inputs["rows"]
         else:
             rows, source = self._rows(self._without_repeats(inputs))
             rows = replace(rows, draws=self.objective.draw(rows, self._draws_by_content(rows)))
-        rounds = self.objective.rounds(rows)
+            rounds = self.objective.rounds(rows)
         scores = self.scorer(
             model, rows, rounds, self.objective.causal, aux_loss=self.aux_loss_enabled, noise=self._noise(model)
         )
@@ -393,7 +394,7 @@ class DiffusionSFTTrainer(
         num_trained = rows.trained.sum(1)
         loss_weight = loss_weights(rounds, scores.index, nll)
         loss = sft_loss(nll, loss_weight, scores.index[1], num_trained, self.loss_norm, num_items_in_batch)
-        self._record(inputs, scores, loss.detach(), num_loss_items(num_trained, self.loss_norm))
+        self._record(inputs, scores, loss.detach(), num_loss_items(num_trained, self.loss_norm, len(nll)))
         # As in TRL: the normaliser counts all processes, over which DDP averages the gradients
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes

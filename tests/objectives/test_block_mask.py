@@ -29,6 +29,13 @@ def cases(oracles_dir, name):
     return [(SimpleNamespace(**case["inputs"]), case["expected"]) for case in found]
 
 
+def padded(rows):
+    """Lists of several lengths as one matrix, filled up with zeros, and which of it they fill."""
+    tensors = [torch.tensor(row) for row in rows]
+    exists = torch.nn.utils.rnn.pad_sequence([torch.ones(len(t), dtype=torch.bool) for t in tensors], True)
+    return torch.nn.utils.rnn.pad_sequence(tensors, True), exists
+
+
 def loss_of(nll, masked, weight, num_trained, loss_norm):
     """`sft_loss` of matrices `(B, R)`."""
     rows, columns = masked.nonzero(as_tuple=True)
@@ -59,9 +66,9 @@ def test_oracle_bd3lm_loss(oracles_dir):
 
 def test_oracle_sdar_loss(oracles_dir):
     for inputs, expected in cases(oracles_dir, "sft_sdar"):
-        nll, masked, t = torch.tensor(inputs.nll), torch.tensor(inputs.masked), torch.tensor(inputs.t)
+        (nll, exists), (masked, _), t = padded(inputs.nll), padded(inputs.masked), torch.tensor(inputs.t)
         weight = (1 / t)[:, None].expand_as(nll)  # one noise level per sequence
-        loss = loss_of(nll, masked, weight, torch.full((len(nll),), nll.size(1)), "token")
+        loss = loss_of(nll, masked, weight, exists.sum(1), "token")
         assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -288,11 +295,12 @@ def test_labels_must_be_the_tokens():
 def test_loss_norms():
     nll, weight, row = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 1.0]), torch.tensor([0, 0, 2])
     num_trained = torch.tensor([4, 0, 2])
+    assert sft_loss(nll, weight, row, num_trained, "masked").item() == pytest.approx(8 / 3)
     assert sft_loss(nll, weight, row, num_trained, "token").item() == pytest.approx(8 / 6)
     assert sft_loss(nll, weight, row, num_trained, "sequence").item() == pytest.approx((5 / 4 + 3 / 2) / 2)
     assert sft_loss(nll, weight, row, num_trained, "batch").item() == pytest.approx(8 / 2)
     assert sft_loss(nll, weight, row, num_trained, "token", num_items=16).item() == pytest.approx(8 / 16)
-    assert num_loss_items(num_trained, "token") == 6 and num_loss_items(num_trained, "batch") == 2
+    assert [num_loss_items(num_trained, norm, 3).item() for norm in ("token", "batch", "masked")] == [6, 2, 3]
 
 
 def test_nothing_to_train_is_a_loss_of_zero():

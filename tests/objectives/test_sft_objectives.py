@@ -19,6 +19,8 @@ from dllm_trl.trainers.draws import CountedDraws, PooledDraws
 from dllm_trl.trainers.sft_loss import sft_loss
 from dllm_trl.types import Grid, Rows
 
+from .test_block_mask import padded
+
 
 EOS = 9
 
@@ -95,9 +97,9 @@ def test_oracle_d1_loss(oracles_dir):
 
 def test_oracle_dfactory_loss(oracles_dir):
     for inputs, expected in cases(oracles_dir, "sft_dfactory"):
-        nll, masked = torch.tensor(inputs.nll), torch.tensor(inputs.masked)
+        (nll, exists), (masked, _) = padded(inputs.nll), padded(inputs.masked)
         objective = RandomMaskObjective(weighting="none")
-        loss = loss_of(objective, nll, masked, torch.ones_like(masked), [0.5] * len(nll), "token")
+        loss = loss_of(objective, nll, masked, exists, [0.5] * len(nll), objective.loss_norm)
         assert loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -113,7 +115,8 @@ def test_oracle_seed_full_loss(oracles_dir):
 def test_oracle_random_masks(oracles_dir):
     for inputs, (expected, t) in cases(oracles_dir, "mask_seed_full_random"):
         uniform = torch.tensor(inputs.u_tok)
-        objective = RandomMaskObjective(eps=0.1, largest=0.9)
+        options = {"eps": getattr(inputs, "lower", 0.1), "largest": getattr(inputs, "upper", 0.9)}
+        objective = RandomMaskObjective(**options)
         rows = with_draws(objective, rows_of(torch.ones(1, len(uniform)) > 0), [inputs.u_t], uniform)
         (round_,) = objective.rounds(rows)
         assert round_.masked[0].tolist() == expected

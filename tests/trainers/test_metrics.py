@@ -49,6 +49,7 @@ OBJECTIVES = [
     ("llada", {"objective": "semi_ar", "block_length": 8, "loss_norm": "token"}),
     ("llada", {"weighting": "cart", "eos_fill_length": 50}),
     ("llada", {"weighting": "mean", "loss_norm": "batch"}),
+    ("llada", {"weighting": "none"}),
 ]
 
 

@@ -146,7 +146,7 @@ def test_loss_is_block_diffusions(tmp_path, block_length):
 
 
 @KINDS
-@pytest.mark.parametrize("loss_norm", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("loss_norm", ["token", "sequence", "masked", "batch"])
 def test_accumulation_does_not_change_the_step(tmp_path, family, loss_norm):
     results = []
     for batch, steps in ((4, 1), (2, 2), (1, 4)):
@@ -243,7 +243,7 @@ def test_steps_and_seeds_corrupt_differently(tmp_path):
 def test_noise_options(tmp_path, noise_per, antithetic):
     trainer = make_trainer(tmp_path, noise_per=noise_per, antithetic=antithetic, per_device_train_batch_size=12)
     batches, num_items = trainer.get_batch_samples(iter([batch_of(trainer, *range(12))]), 1, torch.device("cpu"))
-    rows, _ = batches[0]["rows"]
+    rows, _, _ = batches[0]["rows"]
     (round_,) = trainer.objective.rounds(rows)
     assert num_items == rows.trained.sum()
     levels = [set(weight[scored].tolist()) for weight, scored in zip(round_.loss_weight, rows.trained)]
