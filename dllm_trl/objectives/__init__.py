@@ -6,13 +6,17 @@ from dataclasses import fields
 from .ar import AutoregressiveObjective
 from .base import FunctionObjective, LossInputs, LossOutputs, Objective, Outcome, Random, any_scored, make_objective
 from .block_mask import BlockObjective
+from .gdpo import GDPOObjective
 from .random_mask import RandomMaskObjective
 from .semi_ar import SemiAutoregressiveObjective
 from .trace import TraceObjective
 
 
 # Reinforcement learning
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"trace": TraceObjective}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "gdpo": GDPOObjective,
+    "trace": TraceObjective,
+}
 # Supervised fine-tuning, and what it does by default for each kind of attention
 SFT_OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "ar": AutoregressiveObjective,

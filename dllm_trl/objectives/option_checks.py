@@ -1,0 +1,19 @@
+"""Checks of the options that objectives have in common, at construction."""
+
+from numbers import Integral
+from typing import Any
+
+
+def check_counts(objective: Any, *names: str) -> None:
+    """Raises if an option is no integer of at least 1."""
+    for name in names:
+        value = getattr(objective, name)
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, but is {value!r}.")
+
+
+def check_choices(objective: Any, **choices: tuple[str, ...]) -> None:
+    """Raises if an option is none of its choices."""
+    for name, known in choices.items():
+        if getattr(objective, name) not in known:
+            raise ValueError(f"`{name}` must be one of {known}, but is {getattr(objective, name)!r}.")
