@@ -96,6 +96,8 @@ class Rows:
             Denoising step (from 0) at which each token was committed, -1 where nothing was.
         draws (`dict[str, torch.Tensor]`, each of shape `(B, ...)`, *optional*):
             What the objective drew at random for each row: old, reference and current policy see the same.
+        entropies (`torch.FloatTensor` of shape `(B, R)`, *optional*):
+            Entropy of the distribution each token was committed from, where the rollout recorded it.
     """
 
     prompt_ids: torch.Tensor
@@ -106,6 +108,7 @@ class Rows:
     trained: torch.Tensor | None = None
     step_map: torch.Tensor | None = None
     draws: dict[str, torch.Tensor] = field(default_factory=dict)
+    entropies: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.trained is None:
@@ -113,7 +116,7 @@ class Rows:
         rows = len(self.prompt_ids)
         _check("prompt_mask", self.prompt_mask, tuple(self.prompt_ids.shape))
         _check("canvas_ids", self.canvas_ids, (rows, self.canvas_ids.shape[-1]))
-        for name in ("canvas_mask", "trained", "step_map"):
+        for name in ("canvas_mask", "trained", "step_map", "entropies"):
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), tuple(self.canvas_ids.shape))
         for name, tensor in self.draws.items():
@@ -191,6 +194,9 @@ class DiffusionRollout:
             Where its blocks lie.
         policy_step (`int`, *optional*):
             Optimizer step of the weights that decoded it, where somebody keeps count.
+        entropies (`torch.FloatTensor` of shape `(B, R)`, *optional*):
+            Entropy (nats) of the distribution each token was committed from, softmax(logits / temperature) over the
+            whole vocabulary before any filter, 0 where nothing was. `None`: nobody asked for it.
     """
 
     prompt_ids: torch.Tensor
@@ -204,6 +210,7 @@ class DiffusionRollout:
     num_forward_passes: torch.Tensor
     grid: Grid
     policy_step: int | None = None
+    entropies: torch.Tensor | None = None
 
     def __post_init__(self):
         batch, response = self.canvas_ids.shape
@@ -211,6 +218,8 @@ class DiffusionRollout:
         _check("num_forward_passes", self.num_forward_passes, (batch,))
         for name in ("completion_ids", "completion_mask", "canvas_mask", "step_map", "logprobs"):
             _check(name, getattr(self, name), (batch, response))
+        if self.entropies is not None:
+            _check("entropies", self.entropies, (batch, response))
         if ((self.step_map >= 0) & (self.canvas_mask == 0)).any():
             raise ValueError("`step_map` names a step at a position that does not exist in `canvas_mask`.")
         if ((self.completion_mask == 1) & (self.step_map < 0)).any():
@@ -234,7 +243,7 @@ class DiffusionRollout:
         pads = self.step_map.size(1) if num_trained_pads is None else num_trained_pads
         trained = completed | (after & (after.cumsum(1) <= pads))
         canvas = (self.prompt_ids, self.prompt_mask, self.canvas_ids, self.canvas_mask)
-        return Rows(*canvas, self.grid, trained, self.step_map)
+        return Rows(*canvas, self.grid, trained, self.step_map, entropies=self.entropies)
 
     def to(self, device: torch.device | str) -> "DiffusionRollout":
         """Moves every tensor to `device`."""

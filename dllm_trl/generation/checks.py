@@ -23,6 +23,13 @@ def check_integer(name: str, value: Any, least: int, optional: bool = False) -> 
         raise ValueError(f"`{name}` must be an integer of at least {least}{alternative}, but is {value!r}.")
 
 
+def check_switch(name: str, value: Any, optional: bool = False) -> None:
+    """Raises unless `value` is `True` or `False`, or `None` where that is `optional`."""
+    if not isinstance(value, bool) and not (optional and value is None):
+        choices = "`True`, `False` or `None`" if optional else "`True` or `False`"
+        raise ValueError(f"`{name}` must be {choices}, but is {value!r}.")
+
+
 def _shown(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:60]}..."

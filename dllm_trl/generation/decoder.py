@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList
 from .forward import Span, execution_device, make_forward
 from .progress import RolloutBar
 from .samplers import TokenScores
+from .samplers.common import entropy_of
 from .sampling import draw, uniform
 from .stopping import Stopping
 
@@ -39,6 +40,7 @@ class DecodingSettings:
         cfg_scale (`float`), cache (`str`), refresh_interval (`int | None`): Of full attention, see [`CanvasDecoder`].
         mask_token_id, pad_token_id (`int`), eos_token_ids (`np.ndarray`): Special tokens.
         seed (`int`): Seed of the run; row `i` of a prompt draws from (seed, prompt index, i).
+        record_entropies (`bool`): Whether each token's entropy is recorded when it is committed.
     """
 
     block_length: int | None
@@ -61,6 +63,7 @@ class DecodingSettings:
     pad_token_id: int
     eos_token_ids: np.ndarray
     seed: int
+    record_entropies: bool = False
 
 
 @dataclass
@@ -82,6 +85,7 @@ class Row:
         self.ids = np.zeros(self.limit, dtype=np.int64)
         self.steps = np.full(self.limit, -1, dtype=np.int64)
         self.logprobs = np.zeros(self.limit, dtype=np.float32)
+        self.entropies = np.zeros(self.limit, dtype=np.float32)
 
 
 def _slot_dtype(width: int) -> np.dtype:
@@ -101,6 +105,7 @@ def _slot_dtype(width: int) -> np.dtype:
             ("masked", np.bool_, (width,)),
             ("steps", np.int64, (width,)),
             ("logprobs", np.float32, (width,)),
+            ("entropies", np.float32, (width,)),
         ],
         align=True,
     )
@@ -194,7 +199,8 @@ class Decoder(ABC):
         """A new block from `start` to `stop`, which begins with the tokens `head`; masks among them get filled."""
         block, mask = self.slots[slot], self.settings.mask_token_id
         stop = min(stop, int(block["end"]))
-        block["start"], block["stop"], block["step"], block["steps"] = start, stop, 0, -1
+        block["start"], block["stop"], block["step"] = start, stop, 0
+        block["steps"], block["logprobs"], block["entropies"] = -1, 0, 0
         block["canvas"] = mask
         block["canvas"][: len(head)] = head
         block["given"] = block["canvas"] != mask
@@ -209,12 +215,14 @@ class Decoder(ABC):
 
         row_of = read // width
         positions = start[row_of] + read % width
-        tokens, log_probs, scores = self._sample(logits, conditional, slots, candidates, row_of, positions)
+        tokens, log_probs, entropies, scores = self._sample(logits, conditional, slots, candidates, row_of, positions)
         quota = self._quotas(slots, candidates)
         commit = settings.sampler(scores, scores.masked, self._tensor(quota)).cpu().numpy()  # (A, W)
         chosen = commit[candidates]
         slots["canvas"][commit] = tokens[chosen]
         slots["logprobs"][commit] = log_probs[chosen]
+        if entropies is not None:
+            slots["entropies"][commit] = entropies[chosen]
         slots["steps"][commit] = np.repeat(slots["commits"], commit.sum(-1))
         masked &= ~commit
         slots["step"] += 1
@@ -243,7 +251,10 @@ class Decoder(ABC):
         return spans
 
     def _sample(self, logits, conditional, slots, candidates, row_of, positions):
-        """A token for each position of `logits`, its log-probability, and the scores for the strategy."""
+        """
+        A token for each position of `logits`, its log-probability, where they are recorded its entropy, and the scores
+        for the strategy.
+        """
         settings = self.settings
         if settings.suppress_eos:
             conditional = logits if conditional is None else conditional
@@ -275,9 +286,11 @@ class Decoder(ABC):
         else:
             tokens = allowed.argmax(-1)
         log_probs = recorded = every.gather(-1, tokens[:, None]).squeeze(-1)
+        trainers = every
         if conditional is not None:
-            conditional = conditional / (settings.temperature or 1)
-            recorded = conditional.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+            trainers = (conditional / (settings.temperature or 1)).log_softmax(-1)
+            recorded = trainers.gather(-1, tokens[:, None]).squeeze(-1)
+        entropies = entropy_of(trainers).cpu().numpy() if settings.record_entropies else None
         # What cannot be a probability is noticed in numbers that go to the host anyway
         recorded = recorded.where(~log_probs.isnan(), torch.nan)
         tokens, recorded = tokens.cpu().numpy(), recorded.cpu().numpy()
@@ -291,7 +304,7 @@ class Decoder(ABC):
             )
         masked = self._tensor(candidates)
         scores = TokenScores(masked, log_probs, every, lambda: self._tensor(uniform(*counters, 1)), settings.alg_temp)
-        return tokens, recorded, scores
+        return tokens, recorded, entropies, scores
 
     def _process(self, processors: LogitsProcessorList, logits: torch.Tensor, row_of: np.ndarray) -> torch.Tensor:
         """Logits processors, row by row: each sees the row's prompt and committed tokens once per masked position."""
@@ -316,7 +329,7 @@ class Decoder(ABC):
         first, last = max(shift, 0), int(block["stop"]) - len(row.prompt)
         own = slice(first - shift, last - shift)
         row.ids[first:last], row.steps[first:last] = block["canvas"][own], block["steps"][own]
-        row.logprobs[first:last] = block["logprobs"][own]
+        row.logprobs[first:last], row.entropies[first:last] = block["logprobs"][own], block["entropies"][own]
         return first, last
 
     def _advance(self, slot: int) -> None:

@@ -59,7 +59,7 @@ def decode(
     prompt_mask = np.zeros((batch, prompt_width), dtype=np.int64)
     completion_ids, canvas_ids = np.full(shape, settings.pad_token_id), np.full(shape, settings.pad_token_id)
     completion_mask, canvas_mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    step_map, logprobs = np.full(shape, -1), np.zeros(shape, dtype=np.float32)
+    step_map, logprobs, entropies = np.full(shape, -1), *np.zeros((2, *shape), dtype=np.float32)
     for i, row in enumerate(rows):
         prompt_ids[i, prompt_width - len(row.prompt) :] = row.prompt
         prompt_mask[i, prompt_width - len(row.prompt) :] = 1
@@ -67,7 +67,9 @@ def decode(
         seen = slice(0, row.canvas_length)
         canvas_ids[i, seen], canvas_mask[i, seen] = row.ids[seen], 1
         step_map[i, seen], logprobs[i, seen] = row.steps[seen], row.logprobs[seen]
+        entropies[i, seen] = row.entropies[seen]
     tensors = (prompt_ids, prompt_mask, completion_ids, completion_mask, canvas_ids, canvas_mask, step_map, logprobs)
     forwards = torch.tensor([row.forwards for row in rows])
     grid = Grid.of(model.config.diffusion_attention, settings.block_length or max(width, 1))
-    return DiffusionRollout(*map(torch.from_numpy, tensors), forwards, grid)
+    recorded = torch.from_numpy(entropies) if settings.record_entropies else None
+    return DiffusionRollout(*map(torch.from_numpy, tensors), forwards, grid, entropies=recorded)

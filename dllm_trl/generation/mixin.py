@@ -1,7 +1,7 @@
 """`model.generate` for diffusion language models, with the arguments, checks and return values of transformers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from .checks import (
     check_masks,
     check_one_adapter,
     check_siblings,
+    check_switch,
     decodable,
     prompt_batch,
     prompt_lists,
@@ -368,8 +369,7 @@ def rollout_inputs(
     check_integer("num_generations", num_generations, 1)
     check_integer("num_slots", num_slots, 1, optional=True)
     check_integer("index_offset", index_offset, 0)
-    if fused is not None and not isinstance(fused, bool):
-        raise ValueError(f"`fused` must be `True`, `False` or `None`, but is {fused!r}.")
+    check_switch("fused", fused, optional=True)
     limits = None if max_new_tokens is None else row_limits(max_new_tokens, len(prompts))
     given = {} if seed is None else {"seed": seed}
     if limits is not None:
@@ -403,6 +403,7 @@ def generate_rollouts(
     fused: bool | None = None,
     show_progress: bool = False,
     tokenizer=None,
+    record_entropies: bool = False,
 ) -> DiffusionRollout:
     r"""
     Many ragged prompts through a fixed number of slots: a slot takes the next row as soon as its row ends, and the
@@ -432,10 +433,13 @@ def generate_rollouts(
             Whether to show a progress bar: rows that are done, tokens per second, tokens per forward.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The model's: for `stop_strings`, and so that no id is sampled that it has no token for.
+        record_entropies (`bool`, *optional*, defaults to `False`):
+            Whether the result has `entropies`.
 
     Returns:
         [`DiffusionRollout`]: on CPU, rows in the order of the prompts.
     """
+    check_switch("record_entropies", record_entropies)
     model, arrays, limits, config = rollout_inputs(
         model,
         prompts,
@@ -450,6 +454,7 @@ def generate_rollouts(
     )
     shape = len(arrays) * num_generations, max(map(len, arrays))
     settings = model._decoding_settings(config, tokenizer=tokenizer, shape=shape)
+    settings = replace(settings, record_entropies=record_entropies)
     return decode(
         model, arrays, limits, settings, num_generations, num_slots, index_offset, fused, show_progress=show_progress
     )

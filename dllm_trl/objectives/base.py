@@ -150,6 +150,7 @@ class Objective(ABC):
     - `needs_old`: whether log-probabilities of the policy that decoded the rollout are needed even while its weights
       are those that are trained.
     - `causal`: whether scored tokens are predicted from the clean tokens before them, nothing being masked.
+    - `reads_entropies`: whether it reads `rows.entropies`, which rollouts record only when asked.
     - `step_map`: whether it reads the steps of a rollout: `"unused"`, `"optional"` or `"required"`.
     - `fills`: fine-tuning: whether EOS tokens that fill up a sequence are trained.
     - `loss_norm`: fine-tuning: what the loss is divided by where the config leaves that open.
@@ -161,6 +162,7 @@ class Objective(ABC):
     partial: ClassVar[bool] = True
     needs_old: ClassVar[bool] = False
     causal: ClassVar[bool] = False
+    reads_entropies: ClassVar[bool] = False
     step_map: ClassVar[str] = "unused"
     fills: ClassVar[bool] = True
     loss_norm: str = "token"

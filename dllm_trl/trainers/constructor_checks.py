@@ -36,6 +36,8 @@ _TEMPLATE_BYTES = 2048
 # What TRL passes to reward functions beside the columns, and columns that it does not pass
 _PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 _NOT_PASSED = {"prompt", "completion", "completion_ids"}
+# What our trainers pass to them of each response
+_TOLD = {"tokens_per_forward", "num_forward_passes"}
 
 
 def check_kind(args, config_class: type) -> None:
@@ -217,7 +219,10 @@ def check_prompt_column(name: str, dataset) -> None:
 
 
 def check_reward_columns(reward_funcs, name: str, dataset) -> None:
-    """Raises if a dataset (or one of a dict of them) is known to lack a column that a reward function demands."""
+    """
+    Raises if a dataset (or one of a dict of them) is known to lack a column that a reward function demands, or to have
+    one under a name that the rollout's own numbers take.
+    """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_reward_columns(reward_funcs, f"{name}[{key!r}]", part)
@@ -225,7 +230,12 @@ def check_reward_columns(reward_funcs, name: str, dataset) -> None:
     columns = getattr(dataset, "column_names", None)
     if columns is None:
         return
-    given = (set(columns) - _NOT_PASSED) | _PASSED
+    if taken := sorted(_TOLD.intersection(columns)):
+        raise ValueError(
+            f"`{name}` has the columns {taken}, but under these names reward functions get the rollout's numbers. "
+            f"Rename them: `{name}.rename_column(...)`."
+        )
+    given = (set(columns) - _NOT_PASSED) | _PASSED | _TOLD
     for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if not callable(function) or isinstance(function, nn.Module):
             continue

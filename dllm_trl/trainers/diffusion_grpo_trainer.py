@@ -45,7 +45,7 @@ from .processes import most_of
 from .published_checkpoints import PublishedCheckpointMixin
 from .reference_model import building_reference
 from .rollout_resume import RolloutResumeMixin
-from .rollouts import EngineRollouts, Rollouts, make_parameters, seed_of
+from .rollouts import EngineRollouts, Rollouts, check_rollout, make_parameters, reward_arguments, seed_of
 from .trl_loss import ScoredModel, own_loss, temporarily, trl_inputs
 from .unread_options import UNREAD_IN_RL, check_unread
 
@@ -222,6 +222,7 @@ class DiffusionGRPOTrainer(
         rollout = self.rollouts.generate(
             prompt_ids, self.generation_config, seed_of(self.args, self._mode), generation.first_row
         )
+        check_rollout(rollout, self.objective)
         generation.rollout = rollout = rollout.to(self.accelerator.device)
         rows = generation.first_row + torch.arange(len(rollout), device=self.accelerator.device)
         known = self._mode == "eval" and self._eval_size is not None
@@ -230,6 +231,8 @@ class DiffusionGRPOTrainer(
         return [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)], None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        told = reward_arguments(self._generation.rollout)
+        inputs = [example | known for example, known in zip(inputs, told, strict=True)]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.args.overlong_slack is not None:
             lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)

@@ -14,6 +14,7 @@ from trl.models import unwrap_model_for_generation
 from ..generation import DiffusionGenerationConfig, generate_rollouts
 from ..generation.processors import OFF
 from ..generation.sharded import whole_weights
+from ..objectives import Objective
 from ..types import DiffusionRollout
 from .strategy_arguments import StrategyArguments
 
@@ -76,7 +77,28 @@ class EngineRollouts:
                 index_offset=first_row,
                 show_progress=trainer.is_world_process_zero() and not args.disable_tqdm,
                 tokenizer=trainer._tokenizer,
+                record_entropies=trainer.objective.reads_entropies,
             )
+
+
+def check_rollout(rollout: DiffusionRollout, objective: Objective) -> None:
+    """Raises if the source of `rollout` left out what `objective` reads of it."""
+    if objective.reads_entropies and rollout.entropies is None:
+        raise ValueError(
+            f"`objective` ({type(objective).__name__}) reads the entropies of the rollout, but `rollouts` returned "
+            "one without `entropies`. Record them (`generate_rollouts(..., record_entropies=True)`), or use another "
+            "objective."
+        )
+
+
+def reward_arguments(rollout: DiffusionRollout) -> list[dict[str, float | int]]:
+    """What reward functions are told of each response, beside the columns of its example."""
+    forwards, committed = rollout.num_forward_passes, (rollout.step_map >= 0).sum(1)
+    speed = committed / forwards.clamp(min=1)
+    return [
+        {"tokens_per_forward": one, "num_forward_passes": number}
+        for one, number in zip(speed.tolist(), forwards.tolist(), strict=True)
+    ]
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def test_generate_rollouts(family):
             "num_slots": NOT_COUNTS,
             "seed": [1.5, "x", NAN, [1]],
             "index_offset": [-1, 1.5, "x", NAN],
+            "record_entropies": [None, 1, "yes"],
             "generation_config": ["x", 3, {"nope": 1}],
         },
         {"prompts": "`prompts|Prompt [01] "},

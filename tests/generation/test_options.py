@@ -244,6 +244,7 @@ def test_time_limit(family, as_criterion):
     assert time.time() - begin < 2
     assert 1 <= output.num_forward_passes.max() < 20
     committed = output.step_map >= 0
+    assert (output.logprobs[~committed] == 0).all()
     for row, (ids, steps) in enumerate(zip(output.sequences[:, 5:], committed, strict=True)):
         head = int(torch.cat([steps, torch.tensor([False])]).int().argmin())
         assert torch.equal(ids[:head], output.canvas_ids[row, :head]) and (ids[head:] == 0).all()

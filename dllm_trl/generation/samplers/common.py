@@ -8,6 +8,11 @@ from typing import Any
 import torch
 
 
+def entropy_of(log_probs: torch.Tensor) -> torch.Tensor:
+    """Entropies (nats) of distributions over the last dimension. 0 log 0 = 0: a checkpoint may have logits of -inf."""
+    return -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
+
+
 class TokenScores:
     r"""
     Scores of the tokens sampled at the masked positions of a batch of blocks, spread over `(B, W)`; each is computed
@@ -47,8 +52,7 @@ class TokenScores:
 
     @cached_property
     def entropy(self) -> torch.Tensor:
-        # 0 log 0 = 0: a checkpoint may have logits of -inf
-        return self._spread(-(self.log_probs.exp() * self.log_probs).nan_to_num(0.0).sum(-1))
+        return self._spread(entropy_of(self.log_probs))
 
     @cached_property
     def margin(self) -> torch.Tensor:
