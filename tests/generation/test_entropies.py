@@ -1,9 +1,14 @@
 """Entropies that a rollout records are those that the trainer computes of the same rounds."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from dllm_trl.generation import DiffusionGenerationConfig, generate_rollouts
+from dllm_trl.generation.engine import decode
 from dllm_trl.objectives.trace import TraceObjective
 from dllm_trl.scoring import Scorer
 from tests.trainers.tiny_rl import BLOCK, FULL
@@ -50,3 +55,17 @@ def test_filters_do_not_change_what_an_entropy_is_of():
     first = (every.step_map == 0) & (filtered.step_map == 0)
     assert first.any()
     torch.testing.assert_close(every.entropies[first], filtered.entropies[first])
+
+
+def test_what_a_time_limit_cut_off_has_neither(monkeypatch):
+    """The second block was begun: its masks have no numbers, not even those of the block before."""
+    clock = iter(range(10))
+    monkeypatch.setattr("dllm_trl.generation.decoder.time", SimpleNamespace(time=lambda: next(clock)))
+    model = tiny_model()
+    config = DiffusionGenerationConfig(max_new_tokens=8, block_length=2, denoising_steps=2, max_time=1.0)
+    config, _ = model._resolve_generation_config(config)
+    settings = replace(model._decoding_settings(config), deadline=1.5, record_entropies=True)
+    rollout = decode(model, [np.arange(4)], [8], settings)
+    cut = rollout.step_map < 0
+    assert rollout.num_forward_passes.item() == 3 and cut.sum() == 1 and cut.size(1) == 4
+    assert rollout.logprobs[cut] == 0 and rollout.entropies[cut] == 0 and (rollout.entropies[~cut] > 0).all()
