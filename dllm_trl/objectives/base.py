@@ -48,6 +48,8 @@ class Outcome:
         token_rewards (`torch.FloatTensor` of shape `(B, R)`, *optional*):
             Rewards that lie on tokens, normalised, in place of one at the end. `None`: what estimators that work on
             tokens make of it is the normalised reward of the response on every token of its last trained step.
+        counted (`torch.BoolTensor` of shape `(N,)`, *optional*):
+            Rows of which anything is scored: no repeats, not truncated where that rules them out, not dropped.
     """
 
     rewards: torch.Tensor
@@ -58,6 +60,7 @@ class Outcome:
     rows: Rows
     values: torch.Tensor | None = None
     token_rewards: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
 
 
 @dataclass
@@ -89,6 +92,8 @@ class LossInputs:
             Weight of the KL term in the trainer's config.
         batch_weights (`torch.FloatTensor` of shape `(B,)`, *optional*):
             Softmax of [`Objective.log_weights`] over all rows of the optimizer step, times their number.
+        num_trained (`torch.Tensor`, *optional*):
+            As `num_tokens`, of all trained tokens, whether this view scores them or not.
     """
 
     rows: Rows
@@ -103,6 +108,7 @@ class LossInputs:
     epsilon_high: float = 0.2
     beta: float = 0.0
     batch_weights: torch.Tensor | None = None
+    num_trained: torch.Tensor | None = None
 
     @property
     def scored(self) -> torch.Tensor:
@@ -149,6 +155,8 @@ class Objective(ABC):
     - `partial`: whether a view may leave trained tokens unscored, so that the scored ones have to be counted.
     - `needs_old`: whether log-probabilities of the policy that decoded the rollout are needed even while its weights
       are those that are trained.
+    - `has_ratio`: whether its loss compares with that policy at all.
+    - `has_kl`: whether its loss has a KL term, which `beta` in the trainer's config weighs.
     - `causal`: whether scored tokens are predicted from the clean tokens before them, nothing being masked.
     - `reads_entropies`: whether it reads `rows.entropies`, which rollouts record only when asked.
     - `step_map`: whether it reads the steps of a rollout: `"unused"`, `"optional"` or `"required"`.
@@ -161,6 +169,8 @@ class Objective(ABC):
     num_views: int = 1
     partial: ClassVar[bool] = True
     needs_old: ClassVar[bool] = False
+    has_ratio: ClassVar[bool] = True
+    has_kl: ClassVar[bool] = True
     causal: ClassVar[bool] = False
     reads_entropies: ClassVar[bool] = False
     step_map: ClassVar[str] = "unused"
@@ -197,7 +207,10 @@ class Objective(ABC):
         return values
 
     def reduce(self, token_logps: torch.Tensor, rounds: list[Round]) -> torch.Tensor:
-        """Log-probabilities `(K, B, R)` of the rounds as one matrix `(B, R)`: by default their weighted sum."""
+        """
+        Log-probabilities `(K, B, R)` of the rounds as one matrix `(B, R)`: by default their weighted sum. An objective
+        with a loss of its own may make anything of them whose first dimension is the rows.
+        """
         if all(r.loss_weight is None for r in rounds):
             return token_logps.sum(0)
         weights = [r.scored.to(token_logps.dtype) if r.loss_weight is None else r.loss_weight for r in rounds]

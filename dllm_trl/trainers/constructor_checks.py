@@ -143,6 +143,15 @@ def check_attention(config, args, objective) -> None:
         )
 
 
+def check_beta(args, objective) -> None:
+    """Raises if a KL term is wanted of an objective that has none."""
+    if args.beta and not objective.has_kl:
+        raise ValueError(
+            f"`beta={args.beta}` would have no effect: the loss of `objective` ({type(objective).__name__}) has no KL "
+            "term. Set `beta=0.0`, or use another objective."
+        )
+
+
 def check_router_loss(config, args) -> None:
     """Raises if a load-balancing loss is wanted of experts that have none (LLaDA2 balances them by a bias)."""
     kwargs = args.gradient_checkpointing_kwargs or {}

@@ -19,6 +19,7 @@ from .batch_weights import weigh_batch
 from .completion_tables import CompletionTablesMixin
 from .constructor_checks import (
     check_attention,
+    check_beta,
     check_context,
     check_enough_prompts,
     check_eos,
@@ -146,6 +147,7 @@ class DiffusionGRPOTrainer(
             check_prompt_column(name, dataset)
             check_reward_columns(reward_funcs, name, dataset)
         self.objective = self._make_objective(args, args.objective if objective is None else objective)
+        check_beta(args, self.objective)
 
         beta = args.beta
         with building_reference(model, args):
@@ -334,7 +336,7 @@ class DiffusionGRPOTrainer(
         if self.args.kl_target == "old":
             ref = logps.detach() if old is None else old
         micro_batches = self.args.steps_per_generation if self._mode == "train" else 1
-        num_tokens = self._num_items(inputs) / (self.accelerator.num_processes * micro_batches)
-        settings = (self.epsilon_low, self.epsilon_high, self.beta, inputs.get("batch_weights"))
-        tokens = num_tokens.clamp(min=1e-8)
-        return LossInputs(rows, rounds, token_logps, logps, old, ref, inputs["advantages"], tokens, *settings)
+        items = torch.stack([self._num_items(inputs), inputs["num_items_in_batch"]])
+        scored, trained = (items / (self.accelerator.num_processes * micro_batches)).clamp(min=1e-8)
+        settings = (self.epsilon_low, self.epsilon_high, self.beta, inputs.get("batch_weights"), trained)
+        return LossInputs(rows, rounds, token_logps, logps, old, ref, inputs["advantages"], scored, *settings)

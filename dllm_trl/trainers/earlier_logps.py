@@ -44,7 +44,8 @@ def earlier_logps(trainer, rows: Rows, rollout: DiffusionRollout) -> dict[str, t
         torch.no_grad(),
         disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
     ):
-        if objective.needs_old or args.gradient_accumulation_steps % generate_every != 0:
+        changed = objective.has_ratio and args.gradient_accumulation_steps % generate_every != 0
+        if objective.needs_old or changed:
             if args.use_rollout_logprobs:
                 earlier["old_logps"] = rollout.logprobs.unsqueeze(1)
             else:

@@ -104,13 +104,15 @@ class GRPOMetricsMixin(RatioMetricsMixin):
         siblings = self.num_generations if training else self.num_generations_eval
         gathered = self.accelerator.gather(advantages)
         total, mine = self._total_rewards(rewards), self._mine(len(rows))
-        outcome = Outcome(rewards, total, gathered, siblings, mine, rows)
+        counted = self.accelerator.gather(rows.trained.any(1))
+        outcome = Outcome(rewards, total, gathered, siblings, mine, rows, counted=counted)
         advantage = self.estimator(outcome)
-        advantage.values = self.objective.advantages(advantage.values, outcome)
         if not training:
             advantage.kept = torch.ones_like(advantage.kept)
         elif self.args.accuracy_range is not None:
             self._note("frac_groups_dropped", 1 - advantage.kept.float().mean().item(), len(advantage.kept))
+        outcome.counted = counted & advantage.kept
+        advantage.values = self.objective.advantages(advantage.values, outcome)
         if training:
             self._watch_signal(rewards, advantage)
         if advantage.values.dim() == 1:  # in TRL's table in place of its own
