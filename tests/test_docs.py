@@ -34,7 +34,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {"modeling": "A family", "objectives": "An objective", "generation/samplers": "A sampler"}
 ROOMS |= {"rewards": "A reward"}
 FEW_STEPS = {"max_steps": 2, "learning_rate": 1e-2, "gradient_checkpointing": False, "disable_tqdm": True, **ON_CPU}
-SHARED = {"base", "masks", "plans", "recompute", "common", "__init__"}  # no family, objective or sampler
+# No family, objective or sampler
+SHARED = {"base", "masks", "plans", "recompute", "common", "corruptions", "__init__"}
 
 
 def section(title: str) -> str:

@@ -6,15 +6,21 @@ from dataclasses import fields
 from .ar import AutoregressiveObjective
 from .base import FunctionObjective, LossInputs, LossOutputs, Objective, Outcome, Random, any_scored, make_objective
 from .block_mask import BlockObjective
+from .coupled import CoupledObjective
+from .diffu_grpo import DiffuGRPOObjective
 from .gdpo import GDPOObjective
 from .random_mask import RandomMaskObjective
 from .semi_ar import SemiAutoregressiveObjective
 from .trace import TraceObjective
+from .unigrpo import UniGRPOObjective
 
 
 # Reinforcement learning
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "coupled": CoupledObjective,
+    "diffu_grpo": DiffuGRPOObjective,
     "gdpo": GDPOObjective,
+    "random_mask": UniGRPOObjective,
     "trace": TraceObjective,
 }
 # Supervised fine-tuning, and what it does by default for each kind of attention

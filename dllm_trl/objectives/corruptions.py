@@ -6,6 +6,17 @@ from ..types import Round, Rows
 from .base import Random
 
 
+def random_mask(
+    uniform: torch.Tensor, level: torch.Tensor, lower: float = 0.1, upper: float = 0.9
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Masks a token if its `uniform` `(..., R)` lies below the ratio t = lower + (upper - lower) * `level`. The level, in
+    [0, 1), is that of a row `(..., 1)` or of each token `(..., R)`. Returns the mask, and t.
+    """
+    ratio = lower + (upper - lower) * level
+    return uniform < ratio, ratio
+
+
 def mask_counted(trained: torch.Tensor, count: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Exactly `count` `(B, 1)` tokens of `trained` `(B, R)`, or all there are: those of the smallest `uniform`."""
     order = uniform.masked_fill(~trained, 2.0).argsort(dim=1, stable=True).argsort(dim=1)

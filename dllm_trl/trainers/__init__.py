@@ -4,10 +4,14 @@ import importlib
 
 
 _EXPORTS = {
+    "CoupledGRPOConfig": "coupled_grpo_config",
+    "CoupledGRPOTrainer": "coupled_grpo_trainer",
     "DiffusionGRPOConfig": "diffusion_grpo_config",
     "DiffusionGRPOTrainer": "diffusion_grpo_trainer",
     "DiffusionSFTConfig": "sft_config",
     "DiffusionSFTTrainer": "sft_trainer",
+    "RandomMaskGRPOConfig": "random_mask_grpo_config",
+    "RandomMaskGRPOTrainer": "random_mask_grpo_trainer",
     "TraceRLConfig": "tracerl_config",
     "TraceRLTrainer": "tracerl_trainer",
 }

@@ -1,6 +1,7 @@
 """Which responses count as wrong, which groups are dropped, and what each response is worth."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -72,6 +73,38 @@ def population_z_score(rewards: torch.Tensor, num_generations: int) -> torch.Ten
     return torch.where(deviation > 1e-8, centred / deviation, 0.0).nan_to_num(0.0).flatten().to(rewards.dtype)
 
 
+def leave_one_out(rewards: torch.Tensor, num_generations: int, scale: bool = False) -> torch.Tensor:
+    """
+    Rewards minus the mean of the others of their group: `n / (n - 1)` times the centred ones (RLOO, DiffuCoder).
+
+    Args:
+        rewards (`torch.FloatTensor` of shape `(B,)`):
+            Rewards, siblings adjacent. NaN (no reward) is left out.
+        num_generations (`int`):
+            Responses per group.
+        scale (`bool`, *optional*, defaults to `False`):
+            Whether they are divided by the group's sample standard deviation plus 1e-4, TRL's scale.
+
+    Returns:
+        `torch.FloatTensor` of shape `(B,)`, 0 for NaN and for the only reward of a group.
+    """
+    grouped = rewards.double().view(-1, num_generations)
+    others = ((~grouped.isnan()).sum(1, keepdim=True) - 1).clamp(min=1)
+    centred = grouped - grouped.nanmean(1, keepdim=True)
+    values = centred * (others + 1) / others
+    if scale:
+        values = values / ((centred.square().nansum(1, keepdim=True) / others).sqrt() + 1e-4)
+    return values.nan_to_num(0.0).flatten().to(rewards.dtype)
+
+
+# Advantages beside TRL's own, by the names that `scale_rewards` has for them
+SCALES = {
+    "population": population_z_score,
+    "leave_one_out": leave_one_out,
+    "leave_one_out_scaled": partial(leave_one_out, scale=True),
+}
+
+
 @dataclass
 class Advantage:
     r"""
@@ -95,17 +128,17 @@ class Estimator(Protocol):
 @dataclass
 class GroupEstimator:
     """
-    A response against its siblings, as TRL computes it; with `population` as a z-score with the population standard
-    deviation. Groups outside `accuracy_range` are dropped.
+    A response against its siblings, as TRL computes it, or as one of [`SCALES`] says. Groups outside `accuracy_range`
+    are dropped.
     """
 
-    population: bool = False
+    scale: str = "group"
     accuracy_range: tuple[float, float] | None = None
 
     def __call__(self, outcome: Outcome) -> Advantage:
         values, kept = outcome.advantages, torch.ones_like(outcome.advantages, dtype=torch.bool)
-        if self.population:
-            values = population_z_score(outcome.total, outcome.num_generations)
+        if self.scale in SCALES:
+            values = SCALES[self.scale](outcome.total, outcome.num_generations)
         if self.accuracy_range is not None:
             kept = in_accuracy_range(outcome.rewards[:, 0], outcome.num_generations, *self.accuracy_range)
             values = torch.where(kept, values, 0.0)

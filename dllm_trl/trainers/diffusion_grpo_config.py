@@ -6,6 +6,7 @@ from trl import GRPOConfig
 
 from ..generation.configuration import reject_renamed
 from ..objectives import OBJECTIVES
+from .advantages import SCALES
 from .counts import check_counts, is_count
 from .strategy_arguments import StrategyArguments
 
@@ -71,7 +72,9 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
             A response is accurate if the first reward function gives more than 0.5.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"group"`):
             As in [`~trl.GRPOConfig`]. Additionally `"population"`: z-score within the group with the population
-            standard deviation and no epsilon, the advantage of the TraceRL paper.
+            standard deviation and no epsilon, the advantage of the TraceRL paper; `"leave_one_out"`: the reward minus
+            the mean of the others in the group, the advantage of the DiffuCoder paper; `"leave_one_out_scaled"`: that
+            over TRL's standard deviation.
 
         > Parameters that control the KL term
 
@@ -178,6 +181,8 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
                 raise ValueError(f"`{name}` must be one of {choices}, but is {getattr(self, name)!r}.")
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise ValueError(f"`objective` must be one of {sorted(OBJECTIVES)}, but is {self.objective!r}.")
+        for name, options in self.objective_options().items():
+            OBJECTIVES[name](**options)  # which raises for values that it cannot have
         if self.accuracy_range is not None and not (
             len(self.accuracy_range) == 2 and 0 <= self.accuracy_range[0] <= self.accuracy_range[1] <= 1
         ):
@@ -194,13 +199,19 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
                 f"`temperature` must be above 0, but is {self.temperature}: at 0 all generations of a prompt are "
                 "equal and there is nothing to learn. The default is 1.0."
             )
-        scales = ("group", "batch", "none", "population")
+        scales = ("group", "batch", "none", *SCALES)
         if self.scale_rewards not in scales:
             raise ValueError(f"`scale_rewards` must be one of {scales}, but is {self.scale_rewards!r}.")
-        if self.scale_rewards == "population" and self.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError("`scale_rewards='population'` needs `multi_objective_aggregation='sum_then_normalize'`.")
+        if self.scale_rewards in SCALES and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"`scale_rewards={self.scale_rewards!r}` needs `multi_objective_aggregation='sum_then_normalize'`."
+            )
         if self.kl_target == "old" and self.sync_ref_model:
             raise ValueError(
                 "`sync_ref_model=True` needs a reference model, but `kl_target='old'` uses none. Set "
                 "`sync_ref_model=False`, or `kl_target='ref'`."
             )
+
+    def objective_options(self) -> dict[str, dict[str, Any]]:
+        """Objectives whose options are fields of this config, with those options; the first is the trainer's own."""
+        return {"trace": {}}

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from accelerate.logging import get_logger
@@ -11,10 +10,9 @@ from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
 from ..objectives import LossInputs, Objective, make_rl_objective
-from ..objectives.trace import TraceObjective
 from ..scoring import Scorer, Scores
 from ..types import Grid, Round, Rows
-from .advantages import Estimator, GroupEstimator, SignalWatch, is_overlong
+from .advantages import SCALES, Estimator, GroupEstimator, SignalWatch, is_overlong
 from .batch_weights import weigh_batch
 from .completion_tables import CompletionTablesMixin
 from .constructor_checks import (
@@ -167,7 +165,7 @@ class DiffusionGRPOTrainer(
         self.beta = beta
         check_sharding(type(self).__name__, self._dist.fsdp_version)
         use_small_logprob_tiles(self.accelerator.device.type)
-        if self.scale_rewards == "population":
+        if self.scale_rewards in SCALES:
             self.scale_rewards = "none"  # TRL centres the rewards, the estimator does the rest
 
         config = self.model.config
@@ -186,7 +184,7 @@ class DiffusionGRPOTrainer(
         ]
 
         self.rollouts = EngineRollouts(self) if rollouts is None else rollouts
-        self.estimator = estimator or GroupEstimator(args.scale_rewards == "population", args.accuracy_range)
+        self.estimator = estimator or GroupEstimator(args.scale_rewards, args.accuracy_range)
         self.scorer = Scorer(
             self.mask_token_id,
             config.logit_shift,
@@ -200,14 +198,11 @@ class DiffusionGRPOTrainer(
         self._notes = new_notes()
         self._generation = None  # at TRL's door: set and taken back by `_generate_and_score_completions`
 
-    def _default_objective(self, args: DiffusionGRPOConfig) -> Objective:
-        return TraceObjective()
-
     def _make_objective(self, args: DiffusionGRPOConfig, objective: str | Objective | None) -> Objective:
-        options = args.objective_kwargs or {}
-        if objective is None or (objective == "trace" and not options):
-            return replace(self._default_objective(args), **options)
-        return make_rl_objective(objective, args.num_iterations, **options)
+        own = args.objective_options()
+        objective = next(iter(own)) if objective is None else objective
+        options = own.get(objective, {}) if isinstance(objective, str) else {}
+        return make_rl_objective(objective, args.num_iterations, **(options | (args.objective_kwargs or {})))
 
     # ------------------------------------------------------------------------------------------------------- rollout
 

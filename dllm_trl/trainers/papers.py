@@ -17,6 +17,28 @@ PAPERS = {
                 url          = {https://arxiv.org/abs/2503.09573},
             }"""),  # noqa: E501
     },
+    "coupled": {
+        "title": "DiffuCoder: Understanding and Improving Masked Diffusion Models for Code Generation",
+        "id": "2506.20639",
+        "citation": textwrap.dedent("""\
+            @article{gong2025diffucoder,
+                title  = {{DiffuCoder: Understanding and Improving Masked Diffusion Models for Code Generation}},
+                author = {Shansan Gong and Ruixiang Zhang and Huangjie Zheng and Jiatao Gu and Navdeep Jaitly and Lingpeng Kong and Yizhe Zhang},
+                year   = 2025,
+                eprint = {arXiv:2506.20639},
+            }"""),  # noqa: E501
+    },
+    "diffu_grpo": {
+        "title": "d1: Scaling Reasoning in Diffusion Large Language Models via Reinforcement Learning",
+        "id": "2504.12216",
+        "citation": textwrap.dedent("""\
+            @article{zhao2025d1,
+                title  = {{d1: Scaling Reasoning in Diffusion Large Language Models via Reinforcement Learning}},
+                author = {Siyan Zhao and Devaansh Gupta and Qinqing Zheng and Aditya Grover},
+                year   = 2025,
+                eprint = {arXiv:2504.12216},
+            }"""),
+    },
     "random_mask": {
         "title": "Large Language Diffusion Models",
         "id": "2502.09992",
@@ -26,6 +48,17 @@ PAPERS = {
                 author = {Shen Nie and Fengqi Zhu and Zebin You and Xiaolu Zhang and Jingyang Ou and Jun Hu and Jun Zhou and Yankai Lin and Ji-Rong Wen and Chongxuan Li},
                 year   = 2025,
                 eprint = {arXiv:2502.09992},
+            }"""),  # noqa: E501
+    },
+    "unigrpo": {
+        "title": "MMaDA: Multimodal Large Diffusion Language Models",
+        "id": "2505.15809",
+        "citation": textwrap.dedent("""\
+            @article{yang2025mmada,
+                title  = {{MMaDA: Multimodal Large Diffusion Language Models}},
+                author = {Ling Yang and Ye Tian and Bowen Li and Xinchen Zhang and Ke Shen and Yunhai Tong and Mengdi Wang},
+                year   = 2025,
+                eprint = {arXiv:2505.15809},
             }"""),  # noqa: E501
     },
     "trace": {

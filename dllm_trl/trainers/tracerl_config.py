@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import Any
 
 from .counts import check_counts
 from .diffusion_grpo_config import DiffusionGRPOConfig
@@ -29,3 +30,6 @@ class TraceRLConfig(DiffusionGRPOConfig):
     def __post_init__(self):
         super().__post_init__()
         check_counts(self, "shrink")
+
+    def objective_options(self) -> dict[str, dict[str, Any]]:
+        return {"trace": {"shrink": self.shrink}}

@@ -1,5 +1,3 @@
-from ..objectives import Objective
-from ..objectives.trace import TraceObjective
 from .diffusion_grpo_trainer import DiffusionGRPOTrainer
 from .papers import PAPERS
 from .tracerl_config import TraceRLConfig
@@ -37,6 +35,3 @@ class TraceRLTrainer(DiffusionGRPOTrainer):
     _name = "TraceRL"
     _paper = PAPERS["trace"]
     config_class = TraceRLConfig
-
-    def _default_objective(self, args: TraceRLConfig) -> Objective:
-        return TraceObjective(shrink=args.shrink)

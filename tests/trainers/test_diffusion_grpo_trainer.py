@@ -22,7 +22,7 @@ from dllm_trl.trainers import (
     TraceRLConfig,
     TraceRLTrainer,
 )
-from dllm_trl.trainers.advantages import GroupEstimator, in_accuracy_range, is_overlong, population_z_score
+from dllm_trl.trainers.advantages import GroupEstimator, in_accuracy_range, is_overlong
 from dllm_trl.trainers.constructor_checks import check_reward_columns
 from dllm_trl.types import Round, Rows
 
@@ -276,18 +276,6 @@ def test_log_ratios_beyond_ten_have_no_gradient(tmp_path):
     assert (gradient[far] == 0).all() and (gradient[trained & ~far] != 0).all()
 
 
-@pytest.mark.parametrize("case", cases("seed_math_group"))
-def test_filters(case):
-    inputs = case["inputs"]
-    kept, corrected, rewards = case["expected"]
-    lengths, correct = torch.tensor(inputs["lengths"]), torch.tensor(inputs["correct"])
-    overlong = is_overlong(lengths, torch.ones_like(correct), inputs["max_tokens"], 5)
-    assert (correct & ~overlong).tolist() == corrected
-    values = (correct & ~overlong).float()
-    assert in_accuracy_range(values, len(values), 0.2, 0.8).tolist() == [kept] * len(values)
-    torch.testing.assert_close(population_z_score(values, len(values)), torch.tensor(rewards))
-
-
 def test_no_slack_means_without_eos():
     overlong = is_overlong(torch.tensor([9, 10, 10]), torch.tensor([False, True, False]), 10, 0)
     assert overlong.tolist() == [False, False, True]
@@ -296,13 +284,6 @@ def test_no_slack_means_without_eos():
 def test_groups_without_a_reward_are_kept():
     rewards = torch.tensor([torch.nan, torch.nan, 1.0, torch.nan, 1.0, 0.0])
     assert in_accuracy_range(rewards, 2, 0.2, 0.8).tolist() == [True, True, False, False, True, True]
-
-
-@pytest.mark.parametrize("case", cases("adv_zscore_population"))
-def test_population_z_score(case):
-    rewards = torch.tensor(case["inputs"]["xs"])
-    expected = torch.tensor(case["expected"], dtype=rewards.dtype)
-    torch.testing.assert_close(population_z_score(rewards, len(rewards)), expected)
 
 
 @pytest.mark.parametrize(
