@@ -6,9 +6,11 @@ from dataclasses import fields
 from .ar import AutoregressiveObjective
 from .base import FunctionObjective, LossInputs, LossOutputs, Objective, Outcome, Random, any_scored, make_objective
 from .block_mask import BlockObjective
+from .block_reveal import BlockRevealObjective
 from .coupled import CoupledObjective
 from .diffu_grpo import DiffuGRPOObjective
 from .gdpo import GDPOObjective
+from .just_grpo import JustGRPOObjective
 from .random_mask import RandomMaskObjective
 from .semi_ar import SemiAutoregressiveObjective
 from .trace import TraceObjective
@@ -17,9 +19,11 @@ from .unigrpo import UniGRPOObjective
 
 # Reinforcement learning
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "block_reveal": BlockRevealObjective,
     "coupled": CoupledObjective,
     "diffu_grpo": DiffuGRPOObjective,
     "gdpo": GDPOObjective,
+    "just_grpo": JustGRPOObjective,
     "random_mask": UniGRPOObjective,
     "trace": TraceObjective,
 }

@@ -7,16 +7,23 @@ import torch
 from .base import LossInputs
 
 
+# Its exponential is still a number in single precision and in bfloat16; a ratio beyond it has no gradient
+MAX_LOG_RATIO = 60.0
+
+
 def clipped_surrogate(
     log_ratio: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float
 ) -> torch.Tensor:
     """
     `min(rho A, clip(rho, 1 - epsilon_low, 1 + epsilon_high) A)` with `rho = exp(log_ratio)`, clipped before the
-    exponential, so that the side that is clipped cannot overflow, nor can its gradient.
+    exponential, so that the side that is clipped cannot overflow, nor can its gradient. The other side ends at
+    `exp(MAX_LOG_RATIO)`.
     """
     low = math.log1p(-epsilon_low) if epsilon_low < 1 else -math.inf
     high = math.log1p(epsilon_high)
-    return advantages * torch.where(advantages < 0, log_ratio.clamp(min=low), log_ratio.clamp(max=high)).exp()
+    return (
+        advantages * torch.where(advantages < 0, log_ratio.clamp(low, MAX_LOG_RATIO), log_ratio.clamp(max=high)).exp()
+    )
 
 
 def sequence_sums(inputs: LossInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -35,9 +42,7 @@ def kl_estimate(difference: torch.Tensor, kind: str = "k3") -> torch.Tensor:
 
 
 def ratio_metrics(log_ratio: torch.Tensor, epsilon_low: float, epsilon_high: float) -> dict[str, torch.Tensor]:
-    """The mean of the ratios, and how many of them lie outside of the clipping range."""
+    """The mean of the ratios, and how many of them lie outside of the clipping range; of none, 1 and 0."""
     ratio = log_ratio.detach().exp()
-    return {
-        "ratio/mean": ratio.mean(),
-        "ratio/outside": ((ratio < 1 - epsilon_low) | (ratio > 1 + epsilon_high)).float().mean(),
-    }
+    outside = (ratio < 1 - epsilon_low) | (ratio > 1 + epsilon_high)
+    return {"ratio/mean": ratio.mean().nan_to_num(1.0), "ratio/outside": outside.float().mean().nan_to_num(0.0)}

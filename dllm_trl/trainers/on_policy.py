@@ -43,6 +43,20 @@ def judge_difference(mean: float, maximum: float, full_precision: bool) -> str |
     return None
 
 
+def decodes_as_wanted(trainer) -> bool:
+    """Whether rollouts are decoded as the objective asks ([`Objective.decoding`]). Says what is not, where somebody
+    asked for something else: that is no mistake, but the objective then scores contexts the rollout never saw."""
+    wanted = trainer.objective.decoding(trainer.block_length)
+    other = {name: getattr(trainer.generation_config, name) for name in wanted}
+    if other == wanted:
+        return True
+    logger.warning(
+        f"`{type(trainer.objective).__name__}` is made for rollouts with {wanted}, but `args` say {other}: tokens are "
+        "scored in contexts that the rollout did not see. Leave these options unset."
+    )
+    return False
+
+
 class OnPolicyCheck:
     """
     Compares the log-probabilities that a rollout recorded with those the trainer computes from the same weights.
@@ -54,7 +68,7 @@ class OnPolicyCheck:
 
     def __init__(self, trainer):
         config = trainer.generation_config
-        replays = trainer.objective.replays_rollout
+        replays = decodes_as_wanted(trainer) and trainer.objective.replays_rollout
         self.recorded = replays and config.do_sample and not (is_filtered(config) or config.cfg_scale)
         self.comparable = self.recorded and config.cache in (None, "none", "exact") and trainer.rollouts.exact
         self.mode = trainer.args.on_policy_check
@@ -69,9 +83,10 @@ class OnPolicyCheck:
         )
         if trainer.args.use_rollout_logprobs and not self.comparable:
             raise ValueError(
-                "`use_rollout_logprobs=True` needs an objective that replays the rollout (`shrink=1`) and sampling "
-                "without `top_k`, `top_p`, `min_p`, `repetition_penalty` (or what else `generation_kwargs` has of the "
-                "kind), `cfg_scale` and approximate `cache`: the trainer computes other numbers otherwise."
+                "`use_rollout_logprobs=True` needs an objective that replays the rollout (`shrink=1`; decoding as it "
+                "asks for) and sampling without `top_k`, `top_p`, `min_p`, `repetition_penalty` (or what else of the "
+                "kind `generation_kwargs` has), `cfg_scale` and approximate `cache`: otherwise the trainer computes "
+                "other numbers."
             )
 
     def __call__(self, trainer, logps: torch.Tensor, recorded: torch.Tensor, trained: torch.Tensor) -> None:
