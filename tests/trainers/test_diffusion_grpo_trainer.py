@@ -201,16 +201,19 @@ def test_an_objective_of_ones_own(tmp_path):
     torch.testing.assert_close(entropies, (parts[0][1] + parts[1][1]) / times.clamp(min=1))
 
 
+PAPER = {"eps": 0.2, "beta": 0.01, "kl": "k3", "policy_norm": "response", "kl_norm": "response"}
+
+
 def has_a_loss_type(case):
     """TRL has k3 only, and normalises the KL term as it does the policy term."""
-    inputs = case["inputs"]
-    return inputs.get("kl") == "k3" and (inputs["kl_norm"] == inputs["policy_norm"] or inputs["beta"] == 0)
+    inputs = PAPER | case["inputs"]
+    return inputs["beta"] == 0 or (inputs["kl"] == "k3" and inputs["kl_norm"] == inputs["policy_norm"])
 
 
 @pytest.mark.parametrize("case", [c for c in cases("seed_policy_loss") if has_a_loss_type(c.values[0])])
 def test_policy_loss(tmp_path, monkeypatch, case):
     """The paper's loss with KL to the old policy, through TRL's own."""
-    inputs, expected = case["inputs"], case["expected"]
+    inputs, expected = PAPER | case["inputs"], case["expected"]
     scored = torch.tensor(inputs["mask"])
     rows, columns = scored.shape
     trainer = make_trainer(
@@ -287,23 +290,33 @@ def test_groups_without_a_reward_are_kept():
 
 
 @pytest.mark.parametrize(
-    ("fixture", "scale_rewards"),
-    [("adv_zscore_population", "population"), ("adv_trl_group", "group"), ("adv_grpo_mean_only", "none")],
-)
-def test_advantages(tmp_path, fixture, scale_rewards):
-    case = next(c.values[0] for c in cases(fixture) if len(c.values[0]["inputs"]["xs"]) == 4)
+    ("case", "scale_rewards"),
+    [
+        pytest.param(case.values[0], scale, id=f"{scale}-{case.id}")
+        for fixture, scale in (
+            ("adv_zscore_population", "population"), ("adv_trl_group", "group"), ("adv_grpo_mean_only", "none"),
+        )
+        for case in cases(fixture)
+    ],
+)  # fmt: skip
+def test_advantages(tmp_path, case, scale_rewards):
     given = case["inputs"]["xs"]
+    size = len(given)
     trainer = make_trainer(
         tmp_path,
         scale_rewards=scale_rewards,
+        num_generations=size,
+        per_device_train_batch_size=2 * size,
+        max_completion_length=2,
         reward_funcs=[
-            lambda completions, **kwargs: given + [None] * 3 + [1.0],
-            lambda completions, **kwargs: [None] * 8,
+            lambda completions, **kwargs: given + [None] * (size - 1) + [1.0],
+            lambda completions, **kwargs: [None] * 2 * size,
         ],
     )
     advantages = roll_out(trainer)["advantages"]
-    torch.testing.assert_close(advantages[:4], torch.tensor(case["expected"], dtype=torch.float32))
-    assert (advantages[4:] == 0).all()  # no reward, and nothing to compare the single one with
+    # Rewards are float32, some of them are 1e-4 apart
+    torch.testing.assert_close(advantages[:size], torch.tensor(case["expected"]), rtol=1e-3, atol=1e-6)
+    assert (advantages[size:] == 0).all()  # no reward, and nothing to compare the single one with
     assert list(trainer._logs["advantages"]) == pytest.approx(advantages.tolist())
 
 
