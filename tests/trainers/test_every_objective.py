@@ -29,7 +29,8 @@ def attention(family):
 
 
 def pairs(families):
-    return [(name, family) for name in OBJECTIVES for family in families if attention(family) in OBJECTIVES[name].attentions]
+    fitting = {name: [f for f in families if attention(f) in kind.attentions] for name, kind in OBJECTIVES.items()}
+    return [(name, family) for name in fitting for family in fitting[name]]
 
 
 def by_family(*fast):
@@ -47,8 +48,8 @@ def trainer_of(tmp_path, objective, family, **options):
 
 def rolled_out(tmp_path, objective, family, **options):
     """A trainer in which two optimizer steps of two micro-batches of four rows take a rollout, and the rollout."""
-    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": 10} | options
-    trainer = trainer_of(tmp_path, objective, family, **options)
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} | options
+    trainer = trainer_of(tmp_path, objective, family, max_completion_length=10, **options)
     batch = roll_out(trainer, prompts=(0, 5))
     lengths = rows_of(trainer, batch).trained.sum(1)
     assert lengths.min() < lengths.max()
@@ -105,9 +106,9 @@ def step_of(trainer, batch, steps, view):
     return sum(losses).detach(), gradients
 
 
-@pytest.mark.parametrize(("objective", "family"), by_family(*CHECKED))
+@pytest.mark.parametrize(("objective", "family"), by_family("sdar", "llada"))
 def test_an_update_does_not_depend_on_how_the_rollout_is_cut(tmp_path, objective, family):
-    """Rows that are shuffled into 1, 2 or 8 micro-batches have one loss and gradient, after the weights have moved."""
+    """Rows that are shuffled into 1 or 4 micro-batches have one loss and gradient, after the weights have moved."""
     trainer, batch = rolled_out(tmp_path, objective, family)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
@@ -116,11 +117,10 @@ def test_an_update_does_not_depend_on_how_the_rollout_is_cut(tmp_path, objective
         loss, gradients = step_of(trainer, batch, 1, view)
         size = torch.stack([g.norm() for g in gradients.values()]).norm()
         assert size > 1e-6
-        for steps in (2, 8):
-            other, others = step_of(trainer, batch, steps, view)
-            torch.testing.assert_close(other, loss, rtol=1e-4, atol=1e-6)
-            for name, gradient in gradients.items():
-                torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-5 * size.item(), msg=name)
+        other, others = step_of(trainer, batch, 4, view)
+        torch.testing.assert_close(other, loss, rtol=1e-4, atol=1e-6)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-5 * size.item(), msg=name)
 
 
 @pytest.mark.slow
@@ -166,6 +166,7 @@ def test_rounds_are_a_pure_function_of_the_row(tmp_path, objective, family):
     trainer, batch = rolled_out(tmp_path, objective, family)
     rows, made = rows_of(trainer, batch), trainer.objective
     rows.trained[3] = False  # a row that was dropped
+    rows.draws = made.draw(rows, CountingDraws(3, 0))
     exists, prompt = rows.canvas_mask.bool(), rows.prompt_mask.bool()
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     for view in range(made.num_views):
