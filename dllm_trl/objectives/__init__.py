@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import fields
 
+from .agrpo import AGRPOObjective
 from .ar import AutoregressiveObjective
 from .base import FunctionObjective, LossInputs, LossOutputs, Objective, Outcome, Random, any_scored, make_objective
 from .block_mask import BlockObjective
@@ -19,6 +20,7 @@ from .unigrpo import UniGRPOObjective
 
 # Reinforcement learning
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "agrpo": AGRPOObjective,
     "block_reveal": BlockRevealObjective,
     "coupled": CoupledObjective,
     "diffu_grpo": DiffuGRPOObjective,

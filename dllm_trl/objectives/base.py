@@ -172,7 +172,7 @@ class Objective(ABC):
     has_ratio: ClassVar[bool] = True
     has_kl: ClassVar[bool] = True
     causal: ClassVar[bool] = False
-    reads_entropies: ClassVar[bool] = False
+    reads_entropies: bool = False
     step_map: ClassVar[str] = "unused"
     fills: ClassVar[bool] = True
     loss_norm: str = "token"
