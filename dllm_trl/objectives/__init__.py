@@ -10,6 +10,7 @@ from .block_mask import BlockObjective
 from .block_reveal import BlockRevealObjective
 from .coupled import CoupledObjective
 from .diffu_grpo import DiffuGRPOObjective
+from .ebpo import EBPOObjective
 from .gdpo import GDPOObjective
 from .just_grpo import JustGRPOObjective
 from .random_mask import RandomMaskObjective
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "block_reveal": BlockRevealObjective,
     "coupled": CoupledObjective,
     "diffu_grpo": DiffuGRPOObjective,
+    "ebpo": EBPOObjective,
     "gdpo": GDPOObjective,
     "just_grpo": JustGRPOObjective,
     "random_mask": UniGRPOObjective,

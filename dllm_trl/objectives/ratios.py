@@ -38,7 +38,7 @@ def kl_estimate(difference: torch.Tensor, kind: str = "k3") -> torch.Tensor:
     """Schulman's k1, k2 or k3: the KL to a policy whose log-probabilities of the samples are `difference` lower."""
     if kind == "k1":
         return difference
-    return difference.square() / 2 if kind == "k2" else (-difference).exp() - 1 + difference
+    return difference.square() / 2 if kind == "k2" else (-difference).clamp(max=MAX_LOG_RATIO).exp() - 1 + difference
 
 
 def ratio_metrics(log_ratio: torch.Tensor, epsilon_low: float, epsilon_high: float) -> dict[str, torch.Tensor]:

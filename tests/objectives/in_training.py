@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import fields
 
+import numpy as np
 import torch
 
 from dllm_trl.trainers import DiffusionGRPOTrainer
@@ -18,6 +19,11 @@ def cases(folder, name):
     return [
         (c["inputs"], c["expected"], c["name"]) for c in json.loads((folder / f"{name}.json").read_text())["cases"]
     ]
+
+
+def exact(values):
+    """Numbers of a file as a tensor, in double precision where they are no integers."""
+    return torch.from_numpy(np.asarray(values))
 
 
 def trainer_of(tmp_path, family, objective, **options):

@@ -11,7 +11,7 @@ from dllm_trl.objectives.gdpo import GDPOObjective, gdpo_loss, gdpo_mask, gdpo_r
 from dllm_trl.objectives.quadrature import gauss_legendre
 from dllm_trl.types import Grid, Rows
 
-from .in_training import cases, check_learns, check_ratio_is_one
+from .in_training import cases, check_learns, check_ratio_is_one, exact
 
 
 FAMILIES = pytest.mark.parametrize("family", ["sdar", "llada"])
@@ -51,7 +51,7 @@ def test_masks(oracles_dir):
 
 def test_elbo(oracles_dir):
     for inputs, expected, name in cases(oracles_dir, "gdpo_elbo"):
-        logps, masks = torch.tensor(inputs["lp"], dtype=torch.double), torch.tensor(inputs["mask"])
+        logps, masks = exact(inputs["lp"]), exact(inputs["mask"])
         objective = GDPOObjective(inputs["n"], masks.size(1), inputs["weight"])
         lengths = torch.tensor([masks.size(2)])
         rounds = [
@@ -65,7 +65,7 @@ def test_elbo(oracles_dir):
 
 def test_loss(oracles_dir):
     for inputs, expected, name in cases(oracles_dir, "gdpo_loss"):
-        rows = [torch.tensor(inputs[key]) for key in ("elbo_new", "elbo_old", "elbo_ref", "adv", "lengths")]
+        rows = [exact(inputs[key]) for key in ("elbo_new", "elbo_old", "elbo_ref", "adv", "lengths")]
         options = (inputs["eps"], inputs["eps"], inputs["beta"], inputs.get("kl_norm", "none"))
         assert gdpo_loss(*rows, *options).item() == pytest.approx(expected, rel=1e-6), name
 

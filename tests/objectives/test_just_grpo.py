@@ -16,7 +16,7 @@ from dllm_trl.types import Grid
 
 from ..trainers.test_diffusion_grpo_trainer import replay, roll_out
 from ..trainers.tiny_rl import BLOCK, FULL, rows_of, score
-from .in_training import cases, check_learns, check_ratio_is_one, trainer_of
+from .in_training import cases, check_learns, check_ratio_is_one, exact, trainer_of
 
 
 BLANK = {"remasking_strategy": None, "denoising_steps": None}  # what the objective fills in
@@ -41,7 +41,7 @@ def test_rounds(oracles_dir):
 
 def test_loss(oracles_dir):
     for inputs, expected, name in cases(oracles_dir, "justgrpo_loss"):
-        new, old, adv, scored = (torch.tensor(inputs[k]) for k in ("logp_new", "logp_old", "adv", "scored"))
+        new, old, adv, scored = (exact(inputs[k]) for k in ("logp_new", "logp_old", "adv", "scored"))
         eps, size = inputs["eps"], inputs["max_length"] * num_informative(adv, inputs["processes"])
         loss = just_grpo_loss(new - old, adv.unsqueeze(1), scored, eps, eps, size)
         assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-9), name
