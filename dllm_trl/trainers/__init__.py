@@ -4,6 +4,7 @@ import importlib
 
 
 _EXPORTS = {
+    "BlockSizeCurriculum": "curriculum",
     "CoupledGRPOConfig": "coupled_grpo_config",
     "CoupledGRPOTrainer": "coupled_grpo_trainer",
     "DiffusionGRPOConfig": "diffusion_grpo_config",

@@ -39,6 +39,7 @@ from .constructor_checks import (
     fill_task_type,
     find_mask_token,
 )
+from .curriculum import follow_curriculum
 from .documents import longest_document, unpack_rows
 from .draws import CountedDraws, PooledDraws, RowDraws, draw_levels, make_generator
 from .exact_resume import ExactResumeMixin
@@ -252,6 +253,7 @@ class DiffusionSFTTrainer(
         stops = self.model.generation_config.eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         self._eos_token_ids = torch.tensor([i for i in [*stops, self._tokenizer.eos_token_id] if i is not None])
+        self._curriculum = follow_curriculum(self)
         limit = config.max_position_embeddings
         for name in ("max_length", "eos_fill_length"):
             value = getattr(args, name)
@@ -345,6 +347,7 @@ class DiffusionSFTTrainer(
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, num_items
+        self._curriculum = follow_curriculum(self)
         longest = self._longest(batches, device)
         corruptions = [self._rows(batch, longest) for batch in batches]
         needs = []
@@ -439,6 +442,8 @@ class DiffusionSFTTrainer(
             self._total_train_tokens += self.accelerator.reduce(tokens, "sum").item()
         self._note_ratios(sums)
         self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
+        if self._curriculum is not None:
+            self._metrics[self._mode]["block_length"] = [self.block_length]
         if self.aux_loss_enabled:  # of what shares a micro-batch: there is no ratio of sums
             aux_loss = self.accelerator.gather(scores.aux_loss.detach())
             self._metrics[self._mode]["aux_loss"].append(aux_loss.mean().item())
