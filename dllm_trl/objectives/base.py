@@ -32,9 +32,9 @@ class Outcome:
 
     Args:
         rewards (`torch.FloatTensor` of shape `(N, F)`):
-            A reward of each of `F` functions, NaN where one gave none.
+            A reward of each of `F` functions, NaN where one gave none, a mean where one gave a list.
         total (`torch.FloatTensor` of shape `(N,)`):
-            Their weighted sum, NaN where none gave one.
+            Weighted sum of those that are numbers, NaN where there are none.
         advantages (`torch.FloatTensor` of shape `(N,)`):
             What TRL makes of it (`scale_rewards`).
         num_generations (`int`):
@@ -46,8 +46,8 @@ class Outcome:
         values (`torch.FloatTensor` of shape `(B, R)`, *optional*):
             What a critic expected of each token.
         token_rewards (`torch.FloatTensor` of shape `(B, R)`, *optional*):
-            Rewards that lie on tokens, normalised, in place of one at the end. `None`: what estimators that work on
-            tokens make of it is the normalised reward of the response on every token of its last trained step.
+            Rewards that came as lists, normalised, on tokens; what came as numbers is in `total` and `advantages` and
+            not in these. `None`: all rewards are numbers.
         counted (`torch.BoolTensor` of shape `(N,)`, *optional*):
             Rows of which anything is scored: no repeats, not truncated where that rules them out, not dropped.
     """

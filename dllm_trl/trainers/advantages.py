@@ -8,9 +8,12 @@ import torch
 from accelerate.logging import get_logger
 
 from ..objectives import Outcome
+from .gae import outcome_token_rewards, step_gae
 
 
 logger = get_logger(__name__)
+
+LIST_GAMMA = 0.99  # discount per denoising step of rewards that came as lists
 
 
 def is_overlong(lengths: torch.Tensor, ended: torch.Tensor, limit: int, slack: int) -> torch.Tensor:
@@ -119,6 +122,21 @@ class Advantage:
     kept: torch.Tensor
 
 
+def rewards_on_tokens(values: torch.Tensor, outcome: Outcome) -> torch.Tensor:
+    """
+    Rewards `(B, R)` of this process's tokens: the normalised reward of each response, one of `values` `(N,)`, on all
+    tokens of its last trained step, and what came as lists where `outcome` says.
+    """
+    rows = outcome.rows
+    rewards = outcome_token_rewards(values[outcome.mine], rows.step_map, rows.trained)
+    return rewards if outcome.token_rewards is None else rewards + outcome.token_rewards
+
+
+def discount(gamma: float | None, outcome: Outcome) -> float:
+    """What a reward is worth one denoising step earlier: by default 1, and less where rewards came as lists."""
+    return gamma if gamma is not None else 1.0 if outcome.token_rewards is None else LIST_GAMMA
+
+
 class Estimator(Protocol):
     """Says what the responses of a rollout are worth."""
 
@@ -129,11 +147,13 @@ class Estimator(Protocol):
 class GroupEstimator:
     """
     A response against its siblings, as TRL computes it, or as one of [`SCALES`] says. Groups outside `accuracy_range`
-    are dropped.
+    are dropped. Where rewards came as lists, a token is worth the rewards from its step on, each discounted by `gamma`
+    per step.
     """
 
     scale: str = "group"
     accuracy_range: tuple[float, float] | None = None
+    gamma: float | None = None
 
     def __call__(self, outcome: Outcome) -> Advantage:
         values, kept = outcome.advantages, torch.ones_like(outcome.advantages, dtype=torch.bool)
@@ -142,6 +162,11 @@ class GroupEstimator:
         if self.accuracy_range is not None:
             kept = in_accuracy_range(outcome.rewards[:, 0], outcome.num_generations, *self.accuracy_range)
             values = torch.where(kept, values, 0.0)
+        if outcome.token_rewards is not None:
+            rows, rewards = outcome.rows, rewards_on_tokens(values, outcome)
+            values, gamma = torch.zeros_like(rewards), discount(self.gamma, outcome)
+            values = step_gae(rows.step_map, rows.trained, rewards, values, gamma).returns
+            values = values * kept[outcome.mine].unsqueeze(1)
         return Advantage(values, kept)
 
 

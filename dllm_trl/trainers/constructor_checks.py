@@ -1,8 +1,6 @@
 """Input that a trainer refuses, said before any training step: what is wrong, the argument's name, and what to do."""
 
-import functools
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -13,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from transformers import AutoConfig, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer.utils import get_callable_name
 
 from ..generation.checks import is_conversation, naming_template
 from ..modeling import FAMILIES
@@ -346,57 +344,6 @@ def check_context(trainer) -> None:
                 trainer._tokenizer.convert_ids_to_tokens(trainer.mask_token_id),
                 trainer.mask_token_id,
             )
-
-
-class _Naming:
-    """Context in which an error says which reward function raised it, and what that was called with."""
-
-    def __init__(self, name: str, arguments: list[str]):
-        self.name, self.arguments = name, arguments
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, Exception):
-            raise RuntimeError(
-                f"`reward_funcs`: the reward function '{self.name}' raised {kind.__name__}: {error}. It was called "
-                f"with the keyword arguments {self.arguments}. Fix the function, or give the dataset the columns it "
-                "needs."
-            ) from error
-
-
-def _check_rewards(name: str, rewards) -> list:
-    rewards = list(rewards)
-    values = [0.0 if reward is None else float(reward) for reward in rewards]
-    if any(math.isinf(value) for value in values):
-        raise ValueError(f"'{name}' in `reward_funcs` returned an infinite reward. Return a number, or `None`.")
-    undefined = sum(math.isnan(value) for value in values)
-    if undefined:
-        logger.warning(
-            f"The reward function '{name}' in `reward_funcs` returned NaN for {undefined} of {len(values)} "
-            "completions, which are treated as `None`: no reward of this function. Return a number, or `None` where "
-            "it does not apply."
-        )
-    return rewards
-
-
-def guard_reward(name: str, function: Callable) -> Callable:
-    """A reward function whose failures name it, and whose NaNs are pointed out."""
-    if is_async_callable(function):
-
-        @functools.wraps(function)
-        async def guarded(**kwargs):
-            with _Naming(name, sorted(kwargs)):
-                return _check_rewards(name, await function(**kwargs))
-    else:
-
-        @functools.wraps(function)
-        def guarded(**kwargs):
-            with _Naming(name, sorted(kwargs)):
-                return _check_rewards(name, function(**kwargs))
-
-    return guarded
 
 
 def find_mask_token(config, tokenizer) -> int:

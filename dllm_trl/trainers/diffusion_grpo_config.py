@@ -75,6 +75,12 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
             standard deviation and no epsilon, the advantage of the TraceRL paper; `"leave_one_out"`: the reward minus
             the mean of the others in the group, the advantage of the DiffuCoder paper; `"leave_one_out_scaled"`: that
             over TRL's standard deviation.
+        reward_chunk_length (`int`, *optional*, defaults to `200`):
+            What the numbers are of where a reward function returns a list for a response: chunks of this many response
+            tokens. `None`: denoising steps, in order.
+        gamma (`float`, *optional*):
+            What a reward is worth one denoising step earlier. It acts where tokens have rewards of their own: with a
+            value model, and where a reward function returns lists. `None`: 0.99 with lists, else 1.
 
         > Parameters that control the KL term
 
@@ -157,6 +163,17 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
             "dropped."
         },
     )
+    reward_chunk_length: int | None = field(
+        default=200,
+        metadata={
+            "help": "Tokens of a chunk where reward functions return lists with a number per chunk. `None`: they have "
+            "a number per denoising step."
+        },
+    )
+    gamma: float | None = field(
+        default=None,
+        metadata={"help": "Discount per denoising step. `None`: 0.99 where reward functions return lists, else 1."},
+    )
     kl_target: str = field(
         default="ref",
         metadata={
@@ -174,7 +191,7 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
         if self.use_cpu and self.bf16 is None:
             self.bf16 = False  # TRL's default is for accelerators
         super().__post_init__()
-        check_counts(self, "block_length", "denoising_steps", "num_slots", "rounds_per_forward")
+        check_counts(self, "block_length", "denoising_steps", "num_slots", "rounds_per_forward", "reward_chunk_length")
         check_counts(self, "num_scored_pads", "overlong_slack", least=0)
         for name, choices in (("on_policy_check", ("warn", "error", "off")), ("kl_target", ("ref", "old"))):
             if getattr(self, name) not in choices:
@@ -189,6 +206,8 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
             raise ValueError(
                 f"`accuracy_range` must be two numbers 0 <= low <= high <= 1, but is {self.accuracy_range}."
             )
+        if self.gamma is not None and not 0 <= self.gamma <= 1:
+            raise ValueError(f"`gamma` must lie between 0 and 1, but is {self.gamma}.")
         if self.max_completion_length is None or not is_count(self.max_completion_length):
             raise ValueError(
                 f"`max_completion_length` must be at least 1, but is {self.max_completion_length}: it is the number "

@@ -12,7 +12,7 @@ from .._compat import use_small_logprob_tiles
 from ..objectives import LossInputs, Objective, make_rl_objective
 from ..scoring import Scorer, Scores
 from ..types import Grid, Round, Rows
-from .advantages import SCALES, Estimator, GroupEstimator, SignalWatch, is_overlong
+from .advantages import SCALES, Estimator, GroupEstimator, SignalWatch
 from .batch_weights import weigh_batch
 from .completion_tables import CompletionTablesMixin
 from .constructor_checks import (
@@ -31,7 +31,6 @@ from .constructor_checks import (
     check_sharding,
     fill_task_type,
     find_mask_token,
-    guard_reward,
 )
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .draws import CountingDraws
@@ -40,11 +39,13 @@ from .grpo_metrics import ROW_NORMALISED, Generation, GRPOMetricsMixin
 from .metrics import new_notes
 from .model_card import DiffusionModelCardMixin
 from .on_policy import OnPolicyCheck
+from .process_rewards import check_chunk_lengths
 from .processes import most_of
 from .published_checkpoints import PublishedCheckpointMixin
 from .reference_model import building_reference
+from .reward_functions import RewardFunctionsMixin
 from .rollout_resume import RolloutResumeMixin
-from .rollouts import EngineRollouts, Rollouts, check_rollout, make_parameters, reward_arguments, seed_of
+from .rollouts import EngineRollouts, Rollouts, check_rollout, make_parameters, seed_of
 from .trl_loss import ScoredModel, own_loss, temporarily, trl_inputs
 from .unread_options import UNREAD_IN_RL, check_unread
 
@@ -57,6 +58,7 @@ class DiffusionGRPOTrainer(
     RolloutResumeMixin,
     CompletionTablesMixin,
     DiffusionModelCardMixin,
+    RewardFunctionsMixin,
     GRPOMetricsMixin,
     GRPOTrainer,
 ):
@@ -178,13 +180,10 @@ class DiffusionGRPOTrainer(
         self.mask_token_id = find_mask_token(config, self._tokenizer)
         self.generation_config = make_parameters(self)
         check_context(self)
-        self.reward_funcs = [
-            function if isinstance(function, nn.Module) else guard_reward(name, function)
-            for name, function in zip(self.reward_func_names, self.reward_funcs, strict=True)
-        ]
+        check_chunk_lengths(self.reward_func_names, self.reward_funcs, args.reward_chunk_length)
 
         self.rollouts = EngineRollouts(self) if rollouts is None else rollouts
-        self.estimator = estimator or GroupEstimator(args.scale_rewards, args.accuracy_range)
+        self.estimator = estimator or GroupEstimator(args.scale_rewards, args.accuracy_range, args.gamma)
         self.scorer = Scorer(
             self.mask_token_id,
             config.logit_shift,
@@ -226,20 +225,6 @@ class DiffusionGRPOTrainer(
         generation.counted = rows < self._eval_size if known else torch.ones_like(rows, dtype=torch.bool)
         lengths = rollout.completion_mask.sum(1).tolist()
         return [row[:length] for row, length in zip(rollout.completion_ids.tolist(), lengths, strict=True)], None
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        told = reward_arguments(self._generation.rollout)
-        inputs = [example | known for example, known in zip(inputs, told, strict=True)]
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.args.overlong_slack is not None:
-            lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
-            ended = torch.tensor([ids[-1] in self.eos_token_ids for ids in completion_ids_list], device=rewards.device)
-            overlong = is_overlong(lengths, ended, self.max_completion_length, self.args.overlong_slack)
-            self._note_rows({"completions/overlong_ratio": overlong}, self._generation.counted)
-            overlong = self.accelerator.gather(overlong).unsqueeze(1)
-            rewards = torch.where(overlong & ~rewards.isnan(), 0.0, rewards)
-        self._generation.rewards = rewards
-        return rewards
 
     def _generate_and_score_completions(self, inputs):
         if "prompt" not in inputs[0]:

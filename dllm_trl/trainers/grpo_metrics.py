@@ -1,5 +1,6 @@
 """What a rollout comes to: rows that count, rewards, advantages; TRL's metrics of it and of a loss, and ours."""
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from ..objectives import Outcome
 from ..types import DiffusionRollout, Rows
 from .advantages import Advantage
 from .metrics import EXTREMES, RatioMetricsMixin
+from .process_rewards import chunk_z_scores, place_lists
 
 
 # Loss types that average over responses. The others are normalised by trained tokens.
@@ -25,13 +27,17 @@ class Generation:
         first_row (`int`): Place of its first row in the whole run.
         rollout ([`DiffusionRollout`], *optional*): This process's responses.
         counted (`torch.BoolTensor` of shape `(B,)`, *optional*): Rows that are no repeats, which fill up evaluations.
-        rewards (`torch.FloatTensor` of shape `(N, F)`, *optional*): Rewards of all processes.
+        rewards (`torch.FloatTensor` of shape `(N, F)`, *optional*): Rewards of all processes, means in place of lists.
+        numbers (`torch.FloatTensor` of shape `(N, F)`, *optional*): The same with NaN in place of lists.
+        lists (`torch.FloatTensor` of shape `(N, K)`, *optional*): Weighted sums of those that are lists, if there are.
     """
 
     first_row: int = 0
     rollout: DiffusionRollout | None = None
     counted: torch.Tensor | None = None
     rewards: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
+    lists: torch.Tensor | None = None
 
 
 class GRPOMetricsMixin(RatioMetricsMixin):
@@ -103,9 +109,14 @@ class GRPOMetricsMixin(RatioMetricsMixin):
         training, rewards = self._mode == "train", generation.rewards
         siblings = self.num_generations if training else self.num_generations_eval
         gathered = self.accelerator.gather(advantages)
-        total, mine = self._total_rewards(rewards), self._mine(len(rows))
+        total, mine = self._total_rewards(generation.numbers), self._mine(len(rows))
         counted = self.accelerator.gather(rows.trained.any(1))
         outcome = Outcome(rewards, total, gathered, siblings, mine, rows, counted=counted)
+        if generation.lists is not None:
+            scores = chunk_z_scores(generation.lists, siblings)[mine]
+            completed = generation.rollout.completion_mask.bool()
+            chunks = (self.args.reward_chunk_length, self.block_length)
+            outcome.token_rewards = place_lists(scores, generation.rollout.step_map, completed, *chunks)
         advantage = self.estimator(outcome)
         if not training:
             advantage.kept = torch.ones_like(advantage.kept)
@@ -115,12 +126,24 @@ class GRPOMetricsMixin(RatioMetricsMixin):
         advantage.values = self.objective.advantages(advantage.values, outcome)
         if training:
             self._watch_signal(rewards, advantage)
-        if advantage.values.dim() == 1:  # in TRL's table in place of its own
-            logged = self._logs["advantages"]
-            earlier = list(logged)[: max(len(logged) - len(gathered), 0)]
-            logged.clear()
-            logged.extend(earlier + advantage.values.tolist())
+        self._log_again(self._logs["advantages"], self._response_advantages(advantage, rows))
+        if generation.lists is not None:
+            for name, values in zip(self.reward_func_names, rewards.unbind(1), strict=True):
+                self._log_again(self._logs["rewards"][name], values)
         return advantage
+
+    def _response_advantages(self, advantage: Advantage, rows: Rows) -> torch.Tensor:
+        """Advantages `(N,)` of all responses; of those of tokens, the mean over the trained ones."""
+        if advantage.values.dim() == 1:
+            return advantage.values
+        means = (advantage.values * rows.trained).sum(1) / rows.trained.sum(1).clamp(min=1)
+        return self.accelerator.gather(means)
+
+    def _log_again(self, logged: deque, values: torch.Tensor) -> None:
+        """Puts a rollout's values in TRL's table of completions in place of those that it has put there."""
+        earlier = list(logged)[: max(len(logged) - len(values), 0)]
+        logged.clear()
+        logged.extend(earlier + values.tolist())
 
     def _record_loss(
         self, appended: dict[str, list[float]], inputs: dict, trained: torch.Tensor, loss: torch.Tensor, own: bool

@@ -7,7 +7,7 @@ import sys
 
 from peft import LoraConfig
 from sharded_on_cpu import shard_on_cpu
-from tiny_rl import letter_reward, make_model, make_prompts, make_tokenizer
+from tiny_rl import chunk_reward, letter_reward, make_model, make_prompts, make_tokenizer
 from transformers import TrainerCallback
 
 from dllm_trl.trainers import TraceRLConfig, TraceRLTrainer
@@ -26,14 +26,14 @@ class Kill(TrainerCallback):
 
 
 def main(options: dict) -> None:
-    names = ("resume", "kill_at", "rows", "eval_rows", "family", "sharded", "lora", "model")
-    resume, kill_at, rows, eval_rows, family, sharded, lora, model = (options.pop(name, None) for name in names)
+    names = ("resume", "kill_at", "rows", "eval_rows", "family", "sharded", "lora", "model", "chunk_rewards")
+    resume, kill_at, rows, eval_rows, family, sharded, lora, model, chunks = (options.pop(n, None) for n in names)
     if sharded:
         shard_on_cpu()
     args = TraceRLConfig(report_to="none", use_cpu=not sharded, bf16=False, logging_steps=1, **options)
     trainer = TraceRLTrainer(
         model=model or make_model(family or "sdar"),
-        reward_funcs=letter_reward,
+        reward_funcs=[letter_reward, chunk_reward] if chunks else letter_reward,
         args=args,
         train_dataset=make_prompts(rows),
         eval_dataset=make_prompts(eval_rows) if eval_rows else None,

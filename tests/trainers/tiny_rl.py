@@ -116,6 +116,12 @@ def letter_reward(completions, **kwargs) -> list[float]:
     return [sum(map(str.isalpha, text)) / max(len(text), 1) for text in texts]
 
 
+def chunk_reward(completion_ids, **kwargs) -> list[list[float]]:
+    """A number for each chunk of 4 tokens: the share of even ids."""
+    chunks = [[ids[k : k + 4] for k in range(0, len(ids), 4)] for ids in completion_ids]
+    return [[sum(i % 2 == 0 for i in chunk) / len(chunk) for chunk in one] for one in chunks]
+
+
 def rows_of(trainer, batch) -> Rows:
     """What a batch of the RL trainer says about its responses."""
     return Rows.from_batch(batch, trainer.grid)
