@@ -11,6 +11,7 @@ from types import FunctionType
 # Everything private, or imported from the inside, that this package touches: owner -> names; of a method that is
 # overridden with its arguments. tests/test_compat.py holds it to the installed versions and to the code.
 TOUCHED = {
+    "trl:GRPOConfig": ("_VALID_DICT_FIELDS",),
     "trl:GRPOTrainer": (
         "_buffered_inputs",
         "_calculate_rewards(inputs, prompts, completions, completion_ids_list)",
@@ -77,6 +78,8 @@ TOUCHED = {
     "transformers:PreTrainedConfig": ("_attn_implementation",),
     "transformers:PreTrainedModel": (
         "_can_set_experts_implementation()",
+        "_init_weights(module)",
+        "_keep_in_fp32_modules_strict",
         "_check_and_adjust_attn_implementation(attn_implementation, is_init_check, allow_all_kernels)",
         "_keys_to_ignore_on_load_unexpected",
     ),
@@ -96,7 +99,7 @@ TOUCHED = {
         "sdpa_mask",
     ),
     "transformers.modeling_layers": ("_gradient_checkpointing_func",),
-    "transformers.modeling_outputs": ("MoeModelOutputWithPast",),
+    "transformers.modeling_outputs": ("MoeModelOutputWithPast", "TokenClassifierOutput"),
     "transformers.modeling_utils": ("ALL_ATTENTION_FUNCTIONS",),
     "transformers.models.auto": ("tokenization_auto",),
     "transformers.models.auto.configuration_auto:CONFIG_MAPPING": ("_extra_content",),
@@ -116,6 +119,8 @@ TOUCHED = {
         "cached_file",
     ),
     "transformers.utils.generic": ("is_flash_attention_requested",),
+    "peft.tuners.tuners_utils": ("BaseTunerLayer", "cast_adapter_dtype"),
+    "peft.utils": ("ModulesToSaveWrapper",),
     "peft.utils.constants": ("TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",),
     "accelerate.hooks": ("_hf_hook",),
     "torch:Tensor": ("_version",),
@@ -142,11 +147,12 @@ class _LazyClasses(dict):
     """`{name: class or "module:Class"}` that imports a class the first time it is asked for."""
 
     namesakes: dict[str, dict[str, str]] = {}
+    critics: dict[str, str] = {}
 
     def __getitem__(self, key):
         value = super().__getitem__(key)
         if isinstance(value, str) and key in self.namesakes:
-            return _dispatcher(value, self.namesakes[key])
+            return _dispatcher(value, self.namesakes[key], self.critics)
         if isinstance(value, str):
             value = self[key] = load_class(value)
         return value
@@ -158,7 +164,7 @@ class _LazyClasses(dict):
         return [(key, load_class(value) if isinstance(value, str) else value) for key, value in super().items()]
 
 
-def _dispatcher(path: str, namesakes: dict[str, str]) -> type:
+def _dispatcher(path: str, namesakes: dict[str, str], critics: dict[str, str]) -> type:
     """Stands for the config class at `path` until `architectures` says whether it is that one or a namesake."""
 
     class Dispatcher:
@@ -167,14 +173,16 @@ def _dispatcher(path: str, namesakes: dict[str, str]) -> type:
 
         @staticmethod
         def from_dict(config_dict, **kwargs):
-            architectures = config_dict.get("architectures") or []
+            architectures = [critics.get(name, name) for name in config_dict.get("architectures") or []]
             paths = [namesakes[name] for name in architectures if name in namesakes]
             return load_class(paths[0] if paths else path).from_dict(config_dict, **kwargs)
 
     return Dispatcher
 
 
-def register_lazy_configs(families: dict[str, str], namesakes: dict[str, dict[str, str]]) -> None:
+def register_lazy_configs(
+    families: dict[str, str], namesakes: dict[str, dict[str, str]], critics: dict[str, str]
+) -> None:
     """
     Teach `AutoConfig` model types without importing their modules.
 
@@ -187,11 +195,14 @@ def register_lazy_configs(families: dict[str, str], namesakes: dict[str, dict[st
             Model type -> `"module:ConfigClass"`.
         namesakes (`dict[str, dict[str, str]]`):
             Model type -> entry of `architectures` -> `"module:ConfigClass"`, of other families with that model type.
+        critics (`dict[str, str]`):
+            Name of a critic in `architectures` -> that of the language model of its family.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     CONFIG_MAPPING._extra_content = _LazyClasses({**CONFIG_MAPPING._extra_content, **families})
     CONFIG_MAPPING._extra_content.namesakes = namesakes
+    CONFIG_MAPPING._extra_content.critics = critics
 
 
 def register_lazy_tokenizers(tokenizers: dict[str, str]) -> None:
@@ -241,6 +252,18 @@ def register_weight_names(
     if like is not None:
         conversions += get_checkpoint_conversion_mapping(like)
     register_checkpoint_conversion_mapping(model_type, conversions, overwrite=True)
+
+
+def share_weight_names(class_name: str, other: str) -> None:
+    """Load and save the class `other` under the names that were registered for the class `class_name`, if any."""
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    conversions = get_checkpoint_conversion_mapping(class_name)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(other, conversions, overwrite=True)
 
 
 def rebound(function: Callable, **names) -> Callable:

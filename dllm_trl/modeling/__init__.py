@@ -18,7 +18,10 @@ NAMESAKES = {
     "Dream": {"DreamForCausalLM": "dllm_trl.modeling.dream_reasoner:DreamReasonerConfig"},
     "llada": {"LLaDAMoEModelLM": "dllm_trl.modeling.llada_moe:LLaDAMoEConfig"},
 }
+# Critics of these namesakes -> what `NAMESAKES` has for them. `register_family` adds those of all families.
+CRITICS = {"DreamReasonerForTokenClassification": "DreamForCausalLM"}
+CRITICS |= {"LLaDAMoEForTokenClassification": "LLaDAMoEModelLM"}
 
-register_lazy_configs(FAMILIES, NAMESAKES)
+register_lazy_configs(FAMILIES, NAMESAKES, CRITICS)
 # What a published tokenizer_config.json calls a class that transformers does not have
 register_lazy_tokenizers({"DreamTokenizer": "dllm_trl.modeling.dream_tokenizer:DreamTokenizer"})

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,12 +25,13 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import is_flash_attention_requested
 
-from dllm_trl._compat import load_class, register_lora_targets
+from dllm_trl._compat import load_class, register_lora_targets, share_weight_names
 from dllm_trl.generation import DiffusionGenerationMixin
-from dllm_trl.modeling import FAMILIES, NAMESAKES
+from dllm_trl.modeling import CRITICS, FAMILIES, NAMESAKES
 from dllm_trl.modeling.masks import SDPA_PLAN, adapt_mask, block_causal_mask, pad_free_positions
 from dllm_trl.modeling.plans import ChunkedPlan
 from dllm_trl.modeling.recompute import LARGE, keep_products, without_reentrant
+from dllm_trl.modeling.value_head import make_critic_class
 
 
 # Config class -> names its published config.json may have in `architectures`.
@@ -41,7 +43,8 @@ def register_family(
 ) -> None:
     """
     Make a family known to the Auto classes: one of this package, or one of your own with a `model_type` of its own or
-    (told apart by `architectures`) that of a family here.
+    (told apart by `architectures`) that of a family here. `AutoModelForTokenClassification` gives its critic, which
+    is made on the way.
 
     Args:
         config_class (`type[PreTrainedConfig]`):
@@ -58,6 +61,10 @@ def register_family(
         NAMESAKES.setdefault(model_type, {}).update({model.__name__: path for model in (auto_model, causal_lm)})
     AutoModel.register(config_class, auto_model)
     AutoModelForCausalLM.register(config_class, causal_lm)
+    critic = make_critic_class(config_class, causal_lm, (_ImplementationMixin,))
+    AutoModelForTokenClassification.register(config_class, critic)
+    share_weight_names(causal_lm.__name__, critic.__name__)
+    CRITICS[critic.__name__] = causal_lm.__name__
     # A tokenizer_config.json whose `auto_map` names a class nobody knows: its tokenizer.json, instead of remote code
     AutoTokenizer.register(config_class, tokenizer_class=PreTrainedTokenizerFast)
     ARCHITECTURES[config_class] = sorted({auto_model.__name__, causal_lm.__name__})
@@ -108,6 +115,7 @@ class DiffusionConfigMixin:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = copy.deepcopy(config_dict)
         known, given = ARCHITECTURES.get(cls), config_dict.get("architectures")
+        given = [CRITICS.get(name, name) for name in given or ()]
         if known and given and not set(given) & set(known):
             namesakes = NAMESAKES.get(cls.model_type, {})
             for name in given:

@@ -45,6 +45,20 @@ def trace_rounds(
     return [Round(masked=turn >= r, scored=(turn == r) & trained.bool()) for r in range(num_rounds)]
 
 
+def merged_steps(rows: Rows, rounds: list[Round]) -> torch.Tensor:
+    """
+    Step `(B, R)` of each token that `rounds` of [`trace_rounds`] score, -1 elsewhere: the largest of those that
+    `shrink` has merged.
+    """
+    turns = sum(number * one.scored for number, one in enumerate(rounds))
+    scored = torch.stack([one.scored for one in rounds]).any(0)
+    if rows.grid.attention == "block":
+        turns = turns + len(rounds) * (rows.blocks - rows.blocks[:, :1])
+    steps = rows.step_map.masked_fill(~scored, -1)
+    largest = steps.new_full((len(steps), int(turns.max()) + 1), -1).scatter_reduce(1, turns, steps, "amax")
+    return largest.gather(1, turns).masked_fill(~scored, -1)
+
+
 def step_map_from_history(canvases: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """Step map of canvases `(T, ..., R)` recorded after each step: the first that shows a token there, -1 where none
     does."""

@@ -57,7 +57,7 @@ def make_trainer(tmp_path, model=None, trainer_class=TraceRLTrainer, reward_func
         **ON_CPU,
         **options,
     }
-    names = ("objective", "peft_config", "rollouts", "estimator")
+    names = ("objective", "peft_config", "rollouts", "estimator", "value_model")
     other = {name: options.pop(name) for name in names if name in options}
     trainer = trainer_class(
         model=model or make_model(),
