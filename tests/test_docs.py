@@ -35,7 +35,8 @@ ROOMS = {"modeling": "A family", "objectives": "An objective", "generation/sampl
 ROOMS |= {"rewards": "A reward"}
 FEW_STEPS = {"max_steps": 2, "learning_rate": 1e-2, "gradient_checkpointing": False, "disable_tqdm": True, **ON_CPU}
 # No family, objective or sampler
-SHARED = {"base", "masks", "plans", "recompute", "common", "corruptions", "value", "__init__"}
+SHARED = {"base", "masks", "plans", "recompute", "common", "corruptions", "value", "lightning_terms", "steps"}
+SHARED |= {"__init__"}
 
 
 def section(title: str) -> str:

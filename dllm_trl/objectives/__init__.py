@@ -13,6 +13,7 @@ from .diffu_grpo import DiffuGRPOObjective
 from .ebpo import EBPOObjective
 from .gdpo import GDPOObjective
 from .just_grpo import JustGRPOObjective
+from .lightning_rl import LightningRLObjective
 from .random_mask import RandomMaskObjective
 from .semi_ar import SemiAutoregressiveObjective
 from .trace import TraceObjective
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "ebpo": EBPOObjective,
     "gdpo": GDPOObjective,
     "just_grpo": JustGRPOObjective,
+    "lightning_rl": LightningRLObjective,
     "random_mask": UniGRPOObjective,
     "trace": TraceObjective,
 }

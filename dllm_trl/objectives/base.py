@@ -50,6 +50,11 @@ class Outcome:
             not in these. `None`: all rewards are numbers.
         counted (`torch.BoolTensor` of shape `(N,)`, *optional*):
             Rows of which anything is scored: no repeats, not truncated where that rules them out, not dropped.
+        num_trained, lengths, num_forward_passes (`torch.LongTensor` of shape `(N,)`, *optional*):
+            Of each response: tokens that are trained unless it is dropped, tokens up to and including EOS, and
+            denoising forwards that decoded it.
+        limit (`int`, *optional*):
+            Tokens that a response may have.
     """
 
     rewards: torch.Tensor
@@ -61,6 +66,10 @@ class Outcome:
     values: torch.Tensor | None = None
     token_rewards: torch.Tensor | None = None
     counted: torch.Tensor | None = None
+    num_trained: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    num_forward_passes: torch.Tensor | None = None
+    limit: int | None = None
 
 
 @dataclass
@@ -94,6 +103,8 @@ class LossInputs:
             Softmax of [`Objective.log_weights`] over all rows of the optimizer step, times their number.
         num_trained (`torch.Tensor`, *optional*):
             As `num_tokens`, of all trained tokens, whether this view scores them or not.
+        notes (`dict[str, torch.Tensor]`, each of shape `(B, ...)`, *optional*):
+            What [`Objective.notes`] kept of the rollout's outcome.
     """
 
     rows: Rows
@@ -109,6 +120,7 @@ class LossInputs:
     beta: float = 0.0
     batch_weights: torch.Tensor | None = None
     num_trained: torch.Tensor | None = None
+    notes: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def scored(self) -> torch.Tensor:
@@ -205,6 +217,14 @@ class Objective(ABC):
         token of this process.
         """
         return values
+
+    def keeps(self, outcome: Outcome) -> torch.Tensor:
+        """Responses `(N,)` that count in training; nothing of the others is scored. By default all."""
+        return torch.ones_like(outcome.total, dtype=torch.bool)
+
+    def notes(self, outcome: Outcome) -> dict[str, torch.Tensor]:
+        """What the loss reads of the outcome as `inputs.notes`, each of shape `(N, ...)`."""
+        return {}
 
     def reduce(self, token_logps: torch.Tensor, rounds: list[Round]) -> torch.Tensor:
         """

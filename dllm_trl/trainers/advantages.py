@@ -1,6 +1,6 @@
 """Which responses count as wrong, which groups are dropped, and what each response is worth."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -116,10 +116,13 @@ class Advantage:
             What each response, or each token of this process's responses, is worth.
         kept (`torch.BoolTensor` of shape `(N,)`):
             Responses that count; nothing of the others is scored.
+        notes (`dict[str, torch.Tensor]`, each of shape `(N, ...)`, *optional*):
+            What [`Objective.notes`] says.
     """
 
     values: torch.Tensor
     kept: torch.Tensor
+    notes: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def rewards_on_tokens(values: torch.Tensor, outcome: Outcome) -> torch.Tensor:
@@ -186,9 +189,9 @@ class SignalWatch:
         means = ", ".join(f"{name} {m:.3g}" for name, m in zip(self.names, rewards.nanmean(0).tolist(), strict=True))
         if not advantage.kept.any():
             logger.warning(
-                f"All groups were dropped: the accuracy of none lies in `accuracy_range={self.accuracy_range}` "
-                "(a response is accurate if the first of `reward_funcs` gives more than 0.5). This step has no "
-                f"gradient. Widen `accuracy_range`, or use problems the model solves sometimes. {batches}"
+                f"All groups were dropped: none passes `accuracy_range={self.accuracy_range}` (a response is accurate "
+                "if the first of `reward_funcs` gives more than 0.5) and what the objective asks of them. This step "
+                f"has no gradient. Widen `accuracy_range`, or use problems the model solves sometimes. {batches}"
             )
         elif (rewards[:, 0] > 0.5).all():
             logger.warning(

@@ -245,6 +245,7 @@ class DiffusionGRPOTrainer(
         rows.draws = self.objective.draw(rows, CountingDraws(seed_of(self.args, self._mode), generation.first_row))
 
         output |= rows.to_batch() | earlier_logps(self, rows, generation.rollout) | num_scored(self, rows)
+        output |= {f"notes/{name}": noted[mine] for name, noted in advantage.notes.items()}
         output["advantages"] = advantage.values[mine] if advantage.values.dim() == 1 else advantage.values
         output["num_items_in_batch"] = self.accelerator.gather(rows.trained.sum()).sum()
         output["policy_step"] = torch.tensor(self.state.global_step)
@@ -319,4 +320,5 @@ class DiffusionGRPOTrainer(
         items = torch.stack([self._num_items(inputs), inputs["num_items_in_batch"]])
         scored, trained = (items / (self.accelerator.num_processes * micro_batches)).clamp(min=1e-8)
         settings = (self.epsilon_low, self.epsilon_high, self.beta, inputs.get("batch_weights"), trained)
-        return LossInputs(rows, rounds, token_logps, logps, old, ref, inputs["advantages"], scored, *settings)
+        noted = {key.removeprefix("notes/"): value for key, value in inputs.items() if key.startswith("notes/")}
+        return LossInputs(rows, rounds, token_logps, logps, old, ref, inputs["advantages"], scored, *settings, noted)

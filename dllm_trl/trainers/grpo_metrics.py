@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.trainer_utils import has_length
 
-from ..objectives import Outcome
+from ..objectives import Objective, Outcome
 from ..types import DiffusionRollout, Rows
 from .advantages import Advantage
 from .metrics import EXTREMES, RatioMetricsMixin
@@ -104,26 +104,37 @@ class GRPOMetricsMixin(RatioMetricsMixin):
             rows |= {f"rewards/{name}/mean": values, f"rewards/{name}/std": values}
         return {name: values[mine] for name, values in rows.items()}
 
+    def _outcome(self, generation: Generation, advantages: torch.Tensor, rows: Rows) -> Outcome:
+        """What is known of the rollout of all processes, with the advantages `(B,)` that TRL computed."""
+        siblings = self.num_generations if self._mode == "train" else self.num_generations_eval
+        total, mine, rollout = self._total_rewards(generation.numbers), self._mine(len(rows)), generation.rollout
+        facts = rows.trained.sum(1), rollout.completion_mask.sum(1), rollout.num_forward_passes
+        num_trained, lengths, forwards = self.accelerator.gather(torch.stack(facts, dim=1)).unbind(1)
+        known = {"num_trained": num_trained, "lengths": lengths, "num_forward_passes": forwards}
+        known |= {"counted": num_trained > 0, "limit": self.max_completion_length}
+        gathered = self.accelerator.gather(advantages)
+        outcome = Outcome(generation.rewards, total, gathered, siblings, mine, rows, **known)
+        if generation.lists is not None:
+            scores = chunk_z_scores(generation.lists, siblings)[mine]
+            chunks = (self.args.reward_chunk_length, self.block_length)
+            completed = rollout.completion_mask.bool()
+            outcome.token_rewards = place_lists(scores, rollout.step_map, completed, *chunks)
+        return outcome
+
     def _estimate(self, generation: Generation, advantages: torch.Tensor, rows: Rows) -> Advantage:
         """What the responses are worth, logged; groups are dropped in training only."""
         training, rewards = self._mode == "train", generation.rewards
-        siblings = self.num_generations if training else self.num_generations_eval
-        gathered = self.accelerator.gather(advantages)
-        total, mine = self._total_rewards(generation.numbers), self._mine(len(rows))
-        counted = self.accelerator.gather(rows.trained.any(1))
-        outcome = Outcome(rewards, total, gathered, siblings, mine, rows, counted=counted)
-        if generation.lists is not None:
-            scores = chunk_z_scores(generation.lists, siblings)[mine]
-            completed = generation.rollout.completion_mask.bool()
-            chunks = (self.args.reward_chunk_length, self.block_length)
-            outcome.token_rewards = place_lists(scores, generation.rollout.step_map, completed, *chunks)
+        outcome = self._outcome(generation, advantages, rows)
         advantage = self.estimator(outcome)
         if not training:
             advantage.kept = torch.ones_like(advantage.kept)
-        elif self.args.accuracy_range is not None:
-            self._note("frac_groups_dropped", 1 - advantage.kept.float().mean().item(), len(advantage.kept))
-        outcome.counted = counted & advantage.kept
+        else:
+            advantage.kept &= self.objective.keeps(outcome)
+            if self.args.accuracy_range is not None or type(self.objective).keeps is not Objective.keeps:
+                self._note("frac_groups_dropped", 1 - advantage.kept.float().mean().item(), len(advantage.kept))
+        outcome.counted = outcome.counted & advantage.kept
         advantage.values = self.objective.advantages(advantage.values, outcome)
+        advantage.notes = self.objective.notes(outcome)
         if training:
             self._watch_signal(rewards, advantage)
         self._log_again(self._logs["advantages"], self._response_advantages(advantage, rows))

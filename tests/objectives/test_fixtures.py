@@ -13,7 +13,7 @@ AWAITED = {
     *("espo_loss", "bgpo_loss", "dipo_loss", "gdpo_quadrature", "gdpo_masks", "gdpo_elbo", "gdpo_loss"),
     *("stabledrl_loss", "ebpo_mask_counts", "ebpo_elbo", "ebpo_loss", "justgrpo_rounds", "justgrpo_loss"),
     *("egspo_steps", "egspo_entropy", "egspo_advantages", "egspo_loss"),
-    *("lightningrl_group", "lightningrl_advantages", "lightningrl_loss", "step_gae", "value_loss"),
+    *("step_gae", "value_loss"),
     *("process_scores_text", "process_scores_vision", "process_tokens_text", "process_tokens_vision"),
     *("mask_counts_llada", "bacd_commits"),
 }
