@@ -169,6 +169,8 @@ class Objective(ABC):
       are those that are trained.
     - `has_ratio`: whether its loss compares with that policy at all.
     - `has_kl`: whether its loss has a KL term, which `beta` in the trainer's config weighs.
+    - `token_advantages`: whether a loss of its own takes an advantage for each token. Else it gets one for each
+      response, and where tokens differ their mean.
     - `causal`: whether scored tokens are predicted from the clean tokens before them, nothing being masked.
     - `reads_entropies`: whether it reads `rows.entropies`, which rollouts record only when asked.
     - `step_map`: whether it reads the steps of a rollout: `"unused"`, `"optional"` or `"required"`.
@@ -183,6 +185,7 @@ class Objective(ABC):
     needs_old: ClassVar[bool] = False
     has_ratio: ClassVar[bool] = True
     has_kl: ClassVar[bool] = True
+    token_advantages: ClassVar[bool] = False
     causal: ClassVar[bool] = False
     reads_entropies: bool = False
     step_map: ClassVar[str] = "unused"

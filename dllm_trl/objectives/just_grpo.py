@@ -29,6 +29,7 @@ class JustGRPOObjective(Objective):
 
     replays_rollout: ClassVar[bool] = True
     partial: ClassVar[bool] = False
+    token_advantages: ClassVar[bool] = True
     width: ClassVar[int] = 1
 
     max_length: int = 256

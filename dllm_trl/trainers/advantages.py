@@ -125,13 +125,12 @@ class Advantage:
     notes: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def rewards_on_tokens(values: torch.Tensor, outcome: Outcome) -> torch.Tensor:
+def rewards_on_tokens(values: torch.Tensor, outcome: Outcome, step_map: torch.Tensor) -> torch.Tensor:
     """
     Rewards `(B, R)` of this process's tokens: the normalised reward of each response, one of `values` `(N,)`, on all
-    tokens of its last trained step, and what came as lists where `outcome` says.
+    tokens of its last trained step in `step_map` `(B, R)`, and what came as lists where `outcome` says.
     """
-    rows = outcome.rows
-    rewards = outcome_token_rewards(values[outcome.mine], rows.step_map, rows.trained)
+    rewards = outcome_token_rewards(values[outcome.mine], step_map, outcome.rows.trained)
     return rewards if outcome.token_rewards is None else rewards + outcome.token_rewards
 
 
@@ -158,19 +157,23 @@ class GroupEstimator:
     accuracy_range: tuple[float, float] | None = None
     gamma: float | None = None
 
-    def __call__(self, outcome: Outcome) -> Advantage:
+    def responses(self, outcome: Outcome) -> Advantage:
+        """What whole responses are worth, by those of their rewards that are numbers."""
         values, kept = outcome.advantages, torch.ones_like(outcome.advantages, dtype=torch.bool)
         if self.scale in SCALES:
             values = SCALES[self.scale](outcome.total, outcome.num_generations)
         if self.accuracy_range is not None:
             kept = in_accuracy_range(outcome.rewards[:, 0], outcome.num_generations, *self.accuracy_range)
             values = torch.where(kept, values, 0.0)
-        if outcome.token_rewards is not None:
-            rows, rewards = outcome.rows, rewards_on_tokens(values, outcome)
-            values, gamma = torch.zeros_like(rewards), discount(self.gamma, outcome)
-            values = step_gae(rows.step_map, rows.trained, rewards, values, gamma).returns
-            values = values * kept[outcome.mine].unsqueeze(1)
         return Advantage(values, kept)
+
+    def __call__(self, outcome: Outcome) -> Advantage:
+        worth, rows = self.responses(outcome), outcome.rows
+        if outcome.token_rewards is None:
+            return worth
+        rewards, gamma = rewards_on_tokens(worth.values, outcome, rows.step_map), discount(self.gamma, outcome)
+        returns = step_gae(rows.step_map, rows.trained, rewards, torch.zeros_like(rewards), gamma).returns
+        return Advantage(returns * worth.kept[outcome.mine].unsqueeze(1), worth.kept)
 
 
 class SignalWatch:

@@ -207,7 +207,7 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
                 f"`accuracy_range` must be two numbers 0 <= low <= high <= 1, but is {self.accuracy_range}."
             )
         if self.gamma is not None and not 0 <= self.gamma <= 1:
-            raise ValueError(f"`gamma` must lie between 0 and 1, but is {self.gamma}.")
+            raise ValueError(f"`gamma` must lie in [0, 1], but is {self.gamma}.")
         if self.max_completion_length is None or not is_count(self.max_completion_length):
             raise ValueError(
                 f"`max_completion_length` must be at least 1, but is {self.max_completion_length}: it is the number "

@@ -133,6 +133,8 @@ class GRPOMetricsMixin(RatioMetricsMixin):
             if self.args.accuracy_range is not None or type(self.objective).keeps is not Objective.keeps:
                 self._note("frac_groups_dropped", 1 - advantage.kept.float().mean().item(), len(advantage.kept))
         outcome.counted = outcome.counted & advantage.kept
+        if type(self.objective).loss is not Objective.loss and not self.objective.token_advantages:
+            advantage.values = self._response_advantages(advantage, rows)
         advantage.values = self.objective.advantages(advantage.values, outcome)
         advantage.notes = self.objective.notes(outcome)
         if training:

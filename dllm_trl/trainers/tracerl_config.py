@@ -51,8 +51,6 @@ class TraceRLConfig(DiffusionGRPOConfig):
             The critic learns from every `value_update_every`-th rollout.
         value_warmup_updates (`int`, *optional*, defaults to `0`):
             Optimizer steps at the beginning in which the critic learns alone: the policy stands still.
-        gamma (`float`, *optional*, defaults to `1.0`):
-            Discount of rewards from one denoising step to the one before.
         gae_lambda (`float`, *optional*, defaults to `1.0`):
             How far advantages trust rewards (1) over the critic's values of the next step (0).
     """
@@ -95,9 +93,6 @@ class TraceRLConfig(DiffusionGRPOConfig):
     value_warmup_updates: int = field(
         default=0, metadata={"help": "Optimizer steps at the beginning in which the critic learns alone."}
     )
-    gamma: float = field(
-        default=1.0, metadata={"help": "Discount of rewards from one denoising step to the one before."}
-    )
     gae_lambda: float = field(
         default=1.0,
         metadata={"help": "How far advantages trust rewards (1) over the critic's values of the next step (0)."},
@@ -129,9 +124,8 @@ class TraceRLConfig(DiffusionGRPOConfig):
             raise ValueError(f"`value_learning_rate` must be at least 0, but is {self.value_learning_rate}.")
         if not 0 < self.value_clip:
             raise ValueError(f"`value_clip` must be above 0, but is {self.value_clip}. `inf` does not clip.")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie in [0, 1], but is {getattr(self, name)}.")
+        if not 0 <= self.gae_lambda <= 1:
+            raise ValueError(f"`gae_lambda` must lie in [0, 1], but is {self.gae_lambda}.")
 
     def objective_options(self) -> dict[str, dict[str, Any]]:
         return {"trace": {"shrink": self.shrink}}

@@ -21,8 +21,8 @@ from ..modeling.value import (
 from ..objectives import Outcome
 from ..objectives.trace import TraceObjective, merged_steps
 from ..types import Rows
-from .advantages import Advantage, Estimator, GroupEstimator
-from .gae import StepGAE, clipped_value_loss, outcome_token_rewards, step_gae, value_loss_weights
+from .advantages import Advantage, GroupEstimator, discount, rewards_on_tokens
+from .gae import StepGAE, clipped_value_loss, step_gae, value_loss_weights
 
 
 VALUE_STATE_NAME = "value_model.pt"
@@ -59,11 +59,11 @@ class ValueEstimator:
             Whose rollouts are judged.
         critic (`nn.Module`):
             Gives one logit per position.
-        outcomes ([`Estimator`]):
+        outcomes ([`GroupEstimator`]):
             Says what whole responses are worth and which are dropped: the rewards that the critic learns to expect.
     """
 
-    def __init__(self, trainer, critic: nn.Module, outcomes: Estimator):
+    def __init__(self, trainer, critic: nn.Module, outcomes: GroupEstimator):
         self.trainer, self.critic, self.outcomes = trainer, critic, outcomes
         args = trainer.args
         self.parameters = [parameter for parameter in critic.parameters() if parameter.requires_grad]
@@ -97,15 +97,13 @@ class ValueEstimator:
     def __call__(self, outcome: Outcome) -> Advantage:
         trainer, args, rows = self.trainer, self.trainer.args, outcome.rows
         training = trainer.model.training
-        worth = self.outcomes(outcome)
+        worth = self.outcomes.responses(outcome)
         if training:  # evaluations drop nothing
             rows = replace(rows, trained=rows.trained & worth.kept[outcome.mine].unsqueeze(1))
         steps = merged_steps(rows, trainer.objective.rounds(rows))
         outcome.values = self._old_values(rows)
-        rewards = outcome.token_rewards
-        if rewards is None:
-            rewards = outcome_token_rewards(worth.values[outcome.mine], steps, rows.trained)
-        discounts = (args.gamma, args.gae_lambda)
+        rewards = rewards_on_tokens(worth.values, outcome, steps)
+        discounts = (discount(args.gamma, outcome), args.gae_lambda)
         gae = step_gae(steps, rows.trained, rewards, outcome.values, *discounts)
         without = step_gae(steps, rows.trained, rewards, torch.zeros_like(outcome.values), *discounts)
         self._note(rows.trained, gae, outcome.values, without.advantages)

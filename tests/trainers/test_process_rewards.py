@@ -1,6 +1,7 @@
 """Rewards that come as lists: normalised per chunk, put on tokens, and what a step of training makes of them."""
 
 import json
+from dataclasses import dataclass
 
 import pandas as pd
 import pytest
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from dllm_trl.objectives import OBJECTIVES, LossOutputs, Objective
+from dllm_trl.objectives.trace import TraceObjective
 from dllm_trl.rewards import chunk_rewards, judge_vote
 from dllm_trl.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer, TraceRLTrainer
 from dllm_trl.trainers.advantages import GroupEstimator
@@ -19,7 +22,7 @@ from dllm_trl.trainers.process_rewards import chunk_z_scores, place_chunks, plac
 from .test_diffusion_grpo_trainer import make_trainer, roll_out
 from .test_distributed import history, launch
 from .test_tracerl_trainer import changed, logged, weights
-from .tiny_rl import ON_CPU, chunk_reward, letter_reward, make_model, make_tokenizer, rows_of
+from .tiny_rl import ON_CPU, chunk_reward, config_class, letter_reward, make_model, make_tokenizer, rows_of
 
 
 NAN = float("nan")
@@ -109,6 +112,16 @@ def test_a_number_for_each_step_by_hand():
 
 
 # ----------------------------------------------------------------------------------------------------------- a trainer
+
+
+@dataclass
+class OnResponses(TraceObjective):
+    def loss(self, inputs):
+        return LossOutputs(-(inputs.advantages * inputs.logps.sum(1)).mean())
+
+
+def family_attention(family):
+    return config_class(family).diffusion_attention
 
 
 async def chunks_later(completion_ids, **kwargs):
@@ -333,6 +346,55 @@ def test_two_processes_equal_one_with_accumulation(tmp_path):
     for name in ("reward", "loss", "grad_norm"):
         one = history(tmp_path / "one", name)
         assert len(one) == 2 and history(tmp_path / "two", name) == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "trace"])
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_every_objective_takes_lists(tmp_path, name, family):
+    """Losses on whole responses get the mean over their tokens. Widths are those at which a mistake would not show."""
+    if family_attention(family) not in OBJECTIVES[name].attentions:
+        pytest.skip("for the other kind of attention")
+    options = {
+        "objective": name,
+        "reward_chunk_length": 4,
+        "block_length": 4,
+        "max_steps": 1,
+        "max_completion_length": 8,
+    }
+    options |= {"remasking_strategy": None, "denoising_steps": None}
+    functions = [chunk_reward, letter_reward]
+    trainer = make_trainer(tmp_path, make_model(family), DiffusionGRPOTrainer, functions, **options)
+    batch = roll_out(trainer)
+    own = OBJECTIVES[name].loss is not Objective.loss and not OBJECTIVES[name].token_advantages
+    assert batch["advantages"].dim() == (1 if own else 2) and batch["advantages"].abs().max() > 0
+    before = weights(trainer.model)
+    trainer.train()
+    assert changed(trainer, before)
+
+
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_a_critic_takes_lists(tmp_path, family):
+    """Its values are 0 at first, so that advantages are the returns; then they are not."""
+    options = {"reward_chunk_length": 4, "block_length": 4, "max_steps": 2, "learning_rate": 1e-2}
+    functions = [chunk_reward, letter_reward]
+    expected = roll_out(make_trainer(tmp_path, make_model(family), reward_funcs=functions, **options))
+    options |= {"value_model": "copy", "value_learning_rate": 1e-2}
+    trainer = make_trainer(tmp_path, make_model(family), reward_funcs=functions, **options)
+    batch = roll_out(trainer)
+    torch.testing.assert_close(batch["advantages"], expected["advantages"], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(roll_out(trainer)["advantages"], expected["advantages"], atol=1e-3)
+    trainer.train()
+    assert logged(trainer, "value/loss")
+
+
+def test_the_advantage_of_a_response_is_the_mean_over_its_tokens(tmp_path):
+    options = {"reward_chunk_length": 4, "max_steps": 1}
+    tokens = roll_out(make_trainer(tmp_path, reward_funcs=chunk_reward, **options))
+    trainer = make_trainer(tmp_path, None, DiffusionGRPOTrainer, chunk_reward, objective=OnResponses(), **options)
+    batch = roll_out(trainer)
+    trained = rows_of(trainer, batch).trained
+    means = (tokens["advantages"] * trained).sum(1) / trained.sum(1)
+    torch.testing.assert_close(batch["advantages"], means)
 
 
 # ------------------------------------------------------------------------------------------------ models that judge

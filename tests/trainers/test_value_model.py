@@ -124,7 +124,8 @@ def test_rewards_on_tokens(tmp_path, family):
     trainer.estimator = with_rewards
     batch = roll_out(trainer)
     rows = rows_of(trainer, batch)
-    expected = step_gae(rows.step_map, rows.trained, seen[0].token_rewards, seen[0].values, 0.9, 1.0).advantages
+    rewards = seen[0].token_rewards + outcome_token_rewards(seen[0].advantages, rows.step_map, rows.trained)
+    expected = step_gae(rows.step_map, rows.trained, rewards, seen[0].values, 0.9, 1.0).advantages
     torch.testing.assert_close(batch["advantages"], expected)
 
 
