@@ -8,7 +8,7 @@ import torch
 from ..types import Round, Rows
 from .base import Objective, Random
 from .corruptions import random_mask
-from .option_checks import check_choices, check_counts
+from .option_checks import check_choices, check_counts, check_shares
 
 
 def coupled_pair(drawn: torch.Tensor, trained: torch.Tensor, exists: torch.Tensor) -> list[Round]:
@@ -62,9 +62,11 @@ class CoupledObjective(Objective):
     def __post_init__(self):
         check_choices(self, estimate=("diffucoder", "pair"))
         check_counts(self, "num_views")
-        if not 0 < self.lower <= self.upper < 1:
+        check_shares(self, "lower", "upper")
+        if not (self.lower > 0 and self.upper < 1):
             raise ValueError(
-                f"`lower` and `upper` must be 0 < lower <= upper < 1, but are {self.lower}, {self.upper}."
+                f"`lower={self.lower}`, `upper={self.upper}`: both halves of a pair must mask something, so that "
+                "0 < lower and upper < 1."
             )
 
     def draw(self, rows: Rows, random: Random) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from ..types import Round, Rows
 from .base import Objective, Random
 from .corruptions import draw_prompt
-from .option_checks import check_counts
+from .option_checks import check_counts, check_shares
 
 
 @dataclass
@@ -31,8 +31,7 @@ class DiffuGRPOObjective(Objective):
 
     def __post_init__(self):
         check_counts(self, "num_views")
-        if not 0 <= self.prompt_mask_prob <= 1:
-            raise ValueError(f"`prompt_mask_prob` must be a probability, but is {self.prompt_mask_prob!r}.")
+        check_shares(self, "prompt_mask_prob")
 
     def draw(self, rows: Rows, random: Random) -> dict[str, torch.Tensor]:
         drawn = [draw_prompt(rows, random) < self.prompt_mask_prob for _ in range(self.num_views)]

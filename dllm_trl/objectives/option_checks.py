@@ -1,6 +1,6 @@
 """Checks of the options that objectives have in common, at construction."""
 
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -17,3 +17,13 @@ def check_choices(objective: Any, **choices: tuple[str, ...]) -> None:
     for name, known in choices.items():
         if getattr(objective, name) not in known:
             raise ValueError(f"`{name}` must be one of {known}, but is {getattr(objective, name)!r}.")
+
+
+def check_shares(objective: Any, *names: str) -> None:
+    """Raises if options are no numbers in [0, 1], or not in ascending order."""
+    values = [getattr(objective, name) for name in names]
+    right = all(isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1 for value in values)
+    if not right or sorted(values) != values:
+        order = " <= ".join(("0", *names, "1"))
+        said = ", ".join(f"`{name}={value!r}`" for name, value in zip(names, values, strict=True))
+        raise ValueError(f"{said}: must be {order}.")

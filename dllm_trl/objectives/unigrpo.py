@@ -7,7 +7,7 @@ import torch
 from ..types import Round, Rows
 from .base import Objective, Random, any_scored
 from .corruptions import random_mask
-from .option_checks import check_choices, check_counts
+from .option_checks import check_choices, check_counts, check_shares
 
 
 def unigrpo_ratios(first: torch.Tensor, count: int) -> torch.Tensor:
@@ -53,10 +53,7 @@ class UniGRPOObjective(Objective):
     num_views: int = 1
 
     def __post_init__(self):
-        if not 0 <= self.lower <= self.upper <= 1:
-            raise ValueError(
-                f"`lower` and `upper` must be 0 <= lower <= upper <= 1, but are {self.lower}, {self.upper}."
-            )
+        check_shares(self, "lower", "upper")
         check_choices(self, ratios=("spaced", "uniform"), likelihood=("token", "sequence"))
         check_counts(self, "num_masks", "num_views")
 

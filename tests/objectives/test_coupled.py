@@ -144,10 +144,10 @@ def test_it_trains(tmp_path, family, estimate):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"lower": 0.0}, "`lower`"),
-        ({"upper": 1.0}, "`upper`"),
-        ({"lower": 0.8, "upper": 0.2}, "`lower` and `upper`"),
-        ({"lower": float("nan")}, "`lower`"),
+        ({"lower": 0.0}, "`lower="),
+        ({"upper": 1.0}, "`upper="),
+        ({"lower": 0.8, "upper": 0.2}, "`lower=0.8`, `upper=0.2`: must be 0 <= lower <= upper <= 1"),
+        ({"lower": float("nan")}, "`lower="),
         ({"estimate": "half"}, "`estimate`"),
         ({"size": 2}, "'size'"),
     ],

@@ -125,7 +125,7 @@ def test_it_trains_by_its_name(tmp_path):
     )
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5", None])
 def test_refused_options(value):
-    with pytest.raises(ValueError, match="`prompt_mask_prob`"):
+    with pytest.raises(ValueError, match="`prompt_mask_prob=.*`: must be 0 <= prompt_mask_prob <= 1"):
         make_rl_objective("diffu_grpo", prompt_mask_prob=value)

@@ -116,9 +116,9 @@ def test_it_trains(tmp_path, family, options):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"lower": -0.1}, "`lower`"),
-        ({"upper": 1.1}, "`upper`"),
-        ({"lower": 0.8, "upper": 0.2}, "`lower` and `upper`"),
+        ({"lower": -0.1}, "`lower="),
+        ({"upper": 1.1}, "`upper="),
+        ({"lower": 0.8, "upper": 0.2}, "`lower=0.8`, `upper=0.2`: must be 0 <= lower <= upper <= 1"),
         ({"ratios": "even"}, "`ratios`"),
         ({"likelihood": "row"}, "`likelihood`"),
         ({"num_masks": 0}, "`num_masks`"),
