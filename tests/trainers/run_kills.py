@@ -2,7 +2,7 @@
 Script: runs that are killed with SIGKILL at random moments, also while a checkpoint is written, end with the weights
 of one that was not. A process of its own: autograd does not work in the children of a process that has used it.
 
-    python -m tests.trainers.run_kills sft|rl FOLDER KILLS
+    python -m tests.trainers.run_kills sft|rl|OBJECTIVE FOLDER KILLS
 """
 
 import os

@@ -74,8 +74,22 @@ def history(output_dir: Path, name: str) -> list[float]:
     return [entry[name] for entry in log if name in entry]
 
 
-@pytest.mark.parametrize("family", ["sdar", "llada"])
-def test_two_processes_equal_one_with_accumulation(tmp_path, family):
+SLOW = pytest.mark.slow
+# Adam's first step is the sign of the gradient, also of one that is rounding alone
+TWICE = {"num_iterations": 2, "optim": "sgd", "learning_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    "family, objective",
+    [
+        *(("sdar", {}), ("llada", {})),
+        pytest.param("sdar", {"objective": "coupled", "scale_rewards": "leave_one_out", **TWICE}, marks=SLOW),
+        pytest.param("llada", {"objective": "coupled", "scale_rewards": "leave_one_out", **TWICE}, marks=SLOW),
+        pytest.param("sdar", {"objective": "random_mask", **TWICE}, marks=SLOW),
+        pytest.param("llada", {"objective": "diffu_grpo", **TWICE}, marks=SLOW),
+    ],
+)
+def test_two_processes_equal_one_with_accumulation(tmp_path, family, objective):
     """
     Same responses, same loss, same gradient, same weights, with groups that are split over the processes and some that
     are dropped.
@@ -89,6 +103,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path, family):
         "save_strategy": "no",
         "block_length": 4,
         "family": family,
+        **objective,
     }
     launch(tmp_path / "one", gradient_accumulation_steps=4, **options)
     launch(tmp_path / "two", processes=2, gradient_accumulation_steps=2, **options)
@@ -104,8 +119,15 @@ def test_two_processes_equal_one_with_accumulation(tmp_path, family):
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["sdar", pytest.param("llada", marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, family):
+@pytest.mark.parametrize(
+    "family, objective",
+    [
+        ("sdar", None),
+        pytest.param("llada", None, marks=SLOW),
+        *(pytest.param("sdar", name, marks=SLOW) for name in ("coupled", "random_mask", "diffu_grpo")),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, family, objective):
     """
     Killed with -9 in the middle of a generation buffer. A buffer lasts 8 updates here and is one epoch, so the run
     stops in the second epoch and goes on with half of the second buffer used.
@@ -121,6 +143,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, family):
         "rows": 5,
         "block_length": 4,
         "family": family,
+        "objective": objective,
     }
     assert launch(tmp_path / "whole", **options) == 0
     assert launch(tmp_path / "killed", kill_at=12, **options) == -signal.SIGKILL

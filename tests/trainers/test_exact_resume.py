@@ -22,6 +22,8 @@ def make_trainer(kind, folder, model=None, **options):
     if kind == "sft":
         options = {"per_device_train_batch_size": 2, **options}
         return test_sft_trainer.make_trainer(folder, model=model or make_model(), **options)
+    if kind != "rl":  # with an objective of this name
+        options = {"objective": kind, "num_iterations": 2, **options}
     return test_tracerl_trainer.make_trainer(folder, model=model or make_model(), **{**BUFFERED, **options})
 
 

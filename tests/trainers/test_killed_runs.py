@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "rl"])
+@pytest.mark.parametrize("kind", ["sft", "rl", "coupled"])
 def test_killed_runs_end_with_the_same_weights(tmp_path, kind):
     command = [sys.executable, "-m", "tests.trainers.run_kills", kind, str(tmp_path), KILLS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
