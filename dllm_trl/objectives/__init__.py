@@ -55,6 +55,11 @@ def make_rl_objective(objective, num_iterations: int = 1, **options) -> Objectiv
     return make_objective(objective, OBJECTIVES, **options)
 
 
+def name_of(objective: Objective) -> str | None:
+    """The name that an objective of reinforcement learning has in [`OBJECTIVES`], if any."""
+    return next((name for name, kind in OBJECTIVES.items() if kind is type(objective)), None)
+
+
 def make_sft_objective(objective, attention: str | None = None, **options) -> Objective:
     """
     The objective of fine-tuning that `objective` stands for (see [`make_objective`]), built with those of `options`
@@ -90,4 +95,5 @@ __all__ = [
     "make_objective",
     "make_rl_objective",
     "make_sft_objective",
+    "name_of",
 ]

@@ -1,6 +1,5 @@
 from .coupled_grpo_config import CoupledGRPOConfig
 from .diffusion_grpo_trainer import DiffusionGRPOTrainer
-from .papers import PAPERS
 
 
 class CoupledGRPOTrainer(DiffusionGRPOTrainer):
@@ -34,5 +33,4 @@ class CoupledGRPOTrainer(DiffusionGRPOTrainer):
 
     _tag_names = ["trl", "dllm-trl", "coupled-grpo"]
     _name = "Coupled GRPO"
-    _paper = PAPERS["coupled"]
     config_class = CoupledGRPOConfig

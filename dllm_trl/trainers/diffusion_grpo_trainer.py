@@ -9,7 +9,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .._compat import use_small_logprob_tiles
-from ..objectives import LossInputs, Objective, make_rl_objective
+from ..objectives import LossInputs, Objective, make_rl_objective, name_of
 from ..scoring import Scorer, Scores
 from ..types import Grid, Round, Rows
 from .advantages import SCALES, Estimator, GroupEstimator, SignalWatch
@@ -39,6 +39,7 @@ from .grpo_metrics import ROW_NORMALISED, Generation, GRPOMetricsMixin
 from .metrics import new_notes
 from .model_card import DiffusionModelCardMixin
 from .on_policy import OnPolicyCheck
+from .papers import RL_PAPERS
 from .process_rewards import check_chunk_lengths
 from .processes import most_of
 from .published_checkpoints import PublishedCheckpointMixin
@@ -148,6 +149,10 @@ class DiffusionGRPOTrainer(
             check_reward_columns(reward_funcs, name, dataset)
         self.objective = self._make_objective(args, args.objective if objective is None else objective)
         check_beta(args, self.objective)
+        name = name_of(self.objective)
+        self._paper = RL_PAPERS.get(name, {})
+        if name not in args.objective_options():  # not the method that a subclass is named for
+            self._name, self._tag_names = DiffusionGRPOTrainer._name, DiffusionGRPOTrainer._tag_names
 
         beta = args.beta
         with building_reference(model, args):

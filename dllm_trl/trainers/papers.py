@@ -1,4 +1,4 @@
-"""What model cards cite, by objective."""
+"""What model cards cite, by objective: of fine-tuning in `PAPERS`, of reinforcement learning in `RL_PAPERS`."""
 
 import textwrap
 
@@ -73,3 +73,4 @@ PAPERS = {
             }"""),
     },
 }
+RL_PAPERS = {name: PAPERS[name] for name in ("coupled", "diffu_grpo", "trace")} | {"random_mask": PAPERS["unigrpo"]}

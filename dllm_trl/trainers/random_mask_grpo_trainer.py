@@ -1,6 +1,4 @@
-from ..objectives.diffu_grpo import DiffuGRPOObjective
 from .diffusion_grpo_trainer import DiffusionGRPOTrainer
-from .papers import PAPERS
 from .random_mask_grpo_config import RandomMaskGRPOConfig
 
 
@@ -39,7 +37,3 @@ class RandomMaskGRPOTrainer(DiffusionGRPOTrainer):
     _tag_names = ["trl", "dllm-trl", "random-mask-grpo"]
     _name = "Random-mask GRPO"
     config_class = RandomMaskGRPOConfig
-
-    @property
-    def _paper(self) -> dict[str, str]:
-        return PAPERS["diffu_grpo" if isinstance(self.objective, DiffuGRPOObjective) else "unigrpo"]

@@ -1,7 +1,6 @@
 from torch import nn
 
 from .diffusion_grpo_trainer import DiffusionGRPOTrainer
-from .papers import PAPERS
 from .tracerl_config import TraceRLConfig
 from .value_model import ValueModelMixin
 
@@ -40,7 +39,6 @@ class TraceRLTrainer(ValueModelMixin, DiffusionGRPOTrainer):
 
     _tag_names = ["trl", "dllm-trl", "tracerl"]
     _name = "TraceRL"
-    _paper = PAPERS["trace"]
     config_class = TraceRLConfig
 
     def __init__(self, *args, value_model: str | bool | nn.Module | None = None, **kwargs):

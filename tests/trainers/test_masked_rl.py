@@ -204,6 +204,18 @@ def test_model_cards_cite_the_paper(tmp_path, kind, name, paper):
     assert all(tag in card for tag in trainer._tag_names)
 
 
+def test_a_trainer_with_another_objective_does_not_take_the_credit(tmp_path):
+    trainer = make_trainer(tmp_path, None, TraceRLTrainer, objective="coupled", max_steps=1)
+    assert (trainer._name, trainer._paper["id"]) == ("Diffusion GRPO", "2506.20639")
+    trainer = make_trainer(tmp_path, None, TraceRLTrainer, objective=lambda rows: TraceObjective().rounds(rows))
+    assert (trainer._name, trainer._paper) == ("Diffusion GRPO", {})
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "TraceRL" not in card and "2509.06949" not in card
+    trainer = make_trainer(tmp_path)
+    assert (trainer._name, trainer._paper["id"]) == ("TraceRL", "2509.06949") and "tracerl" in trainer._tag_names
+
+
 def test_evaluation_takes_masks_too(tmp_path):
     """The same ones each time."""
     trainer = make("coupled", tmp_path, num_iterations=2, eval_strategy="no", per_device_eval_batch_size=4)
