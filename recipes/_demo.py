@@ -1,4 +1,7 @@
-"""The recipes' default: block SFT of a tiny model to a mediocre one, TraceRL to a good one, and how good each is."""
+"""
+The recipes' default: block SFT of a tiny model to a mediocre one, TraceRL (or what `--objective` names) to a good one,
+and how good each is.
+"""
 
 import json
 import time
@@ -13,12 +16,14 @@ matplotlib.use("Agg")  # draws into files, with or without a display
 
 import matplotlib.pyplot as plt
 import torch
+import yaml
+from _objectives import find_objective, named, trainer_of
 from _word_problems import make_model, make_problems, make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import ProgressCallback
 from trl import TrlParser
 
-from dllm_trl import DiffusionSFTConfig, DiffusionSFTTrainer, TraceRLConfig, TraceRLTrainer
+from dllm_trl import DiffusionGRPOConfig, DiffusionSFTConfig, DiffusionSFTTrainer
 from dllm_trl.evaluation import evaluate_accuracy
 from dllm_trl.generation import generate_rollouts
 from dllm_trl.generation.trace_viewer import save_trace_html
@@ -35,14 +40,14 @@ NUM_TRACES = 8  # problems in the viewer
 
 @dataclass
 class DemoArguments:
-    """What the demo takes beside the arguments of [`TraceRLConfig`]."""
+    """What the demo takes beside the arguments of the trainer's config."""
 
     careless: float = field(
         default=0.6, metadata={"help": "Share of the subtraction problems that the SFT solutions solve by adding."}
     )
     sft_steps: int | None = field(default=None, metadata={"help": "Steps of SFT. By default those of sft.yaml."})
     sft_problems: int = field(default=8000, metadata={"help": "Problems with solutions for SFT."})
-    rl_problems: int = field(default=4000, metadata={"help": "Problems for TraceRL."})
+    rl_problems: int = field(default=4000, metadata={"help": "Problems for reinforcement learning."})
     eval_problems: int = field(default=600, metadata={"help": "Held-out problems, at most 600."})
     eval_split: str = field(default="heldout", metadata={"help": "'heldout', or 'validation' to try out settings."})
 
@@ -72,11 +77,11 @@ def train_sft(
 
 
 def train_rl(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demo_args: DemoArguments, args: TraceRLConfig
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, demo_args: DemoArguments, args: DiffusionGRPOConfig
 ) -> list[float]:
     """Returns the mean reward of each step."""
     problems = make_problems("train", demo_args.rl_problems, args.seed + 1).remove_columns("completion")
-    trainer = TraceRLTrainer(
+    trainer = trainer_of(args)(
         model=model, reward_funcs=math_reward, args=args, train_dataset=problems, processing_class=tokenizer
     )
     trainer.remove_callback(ProgressCallback)
@@ -85,7 +90,7 @@ def train_rl(
     return [log["reward"] for log in trainer.state.log_history if "reward" in log]
 
 
-def plot_rewards(path: Path, rewards: list[float], responses: int, before: float, after: float) -> None:
+def plot_rewards(path: Path, method: str, rewards: list[float], responses: int, before: float, after: float) -> None:
     """Reward over training, with the accuracy on held-out problems at both ends."""
     averages = [
         sum(rewards[max(i - AVERAGED_STEPS + 1, 0) : i + 1]) / min(i + 1, AVERAGED_STEPS) for i in range(len(rewards))
@@ -98,7 +103,7 @@ def plot_rewards(path: Path, rewards: list[float], responses: int, before: float
     axes.plot(steps, averages, color="tab:blue", linewidth=2, label=f"their mean over {AVERAGED_STEPS} steps")
     axes.plot([0, len(rewards)], [before, after], "o", color="tab:orange", label="held-out problems, greedy decoding")
     axes.set(
-        title="TraceRL on word problems, from a careless SFT model",
+        title=f"{method} on word problems, from a careless SFT model",
         xlabel="Optimizer step",
         ylabel="Reward (share of right answers)",
         ylim=(0, 1.02),
@@ -109,8 +114,15 @@ def plot_rewards(path: Path, rewards: list[float], responses: int, before: float
     plt.close(figure)
 
 
-def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLConfig) -> dict:
+def run(
+    objective: str,
+    value_model: str | None,
+    demo_args: DemoArguments,
+    sft_args: DiffusionSFTConfig,
+    args: DiffusionGRPOConfig,
+) -> dict:
     start = time.perf_counter()
+    method = ("TraceRL" if objective == "trace" else objective) + (f", {value_model} as critic" if value_model else "")
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
@@ -125,18 +137,18 @@ def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLCon
     print("\n2/4  Accuracy after SFT, on problems it has never seen")
     sft = evaluate_accuracy(model, tokenizer, heldout)
 
-    print("\n3/4  TraceRL")
+    print(f"\n3/4  {method}")
     began = time.perf_counter()
     rewards = train_rl(model, tokenizer, demo_args, args)
     seconds_rl = time.perf_counter() - began
 
-    print("\n4/4  Accuracy after TraceRL, on the same problems")
+    print(f"\n4/4  Accuracy after {method}, on the same problems")
     rl = evaluate_accuracy(model, tokenizer, heldout)
 
     model.save_pretrained(output_dir / "model")
     tokenizer.save_pretrained(output_dir / "model")
     responses = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    plot_rewards(output_dir / "reward.png", rewards, responses, sft.accuracy, rl.accuracy)
+    plot_rewards(output_dir / "reward.png", method, rewards, responses, sft.accuracy, rl.accuracy)
     shown = heldout[:NUM_TRACES]
     prompts = tokenizer.apply_chat_template(shown["prompt"], add_generation_prompt=True)["input_ids"]
     save_trace_html(
@@ -146,9 +158,11 @@ def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLCon
         prompts=[messages[0]["content"] for messages in shown["prompt"]],
         answers=shown["answer"],
         rewards=[record["reward"] for record in rl.records[:NUM_TRACES]],
-        title="Word problems after TraceRL",
+        title=f"Word problems after {method}",
     )
     summary = {
+        "objective": objective,
+        "value_model": value_model,
         "accuracy_sft": sft.accuracy,
         "accuracy_rl": rl.accuracy,
         "tokens_per_forward": rl.tokens_per_forward,
@@ -166,9 +180,9 @@ def run(demo_args: DemoArguments, sft_args: DiffusionSFTConfig, args: TraceRLCon
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
     print(f"\nRight answers on {rl.num_problems} held-out problems (greedy decoding)")
-    for stage, report, seconds in (("SFT", sft, seconds_sft), ("TraceRL", rl, seconds_rl)):
+    for stage, report, seconds in (("SFT", sft, seconds_sft), (method, rl, seconds_rl)):
         decoding = f"{report.tokens_per_forward:.2f} tokens per forward"
-        print(f"  after {stage:<8} {report.accuracy:6.1%}   {decoding}   trained in {seconds:.0f} s")
+        print(f"  after {stage:<12} {report.accuracy:6.1%}   {decoding}   trained in {seconds:.0f} s")
     print(f"In {output_dir}: model/, summary.json, reward.png, and trace.html to watch the model answer.")
     return summary
 
@@ -194,12 +208,23 @@ def sft_main(args: list[str]) -> None:
     print(f"Model and tokenizer are in {sft_args.output_dir}.")
 
 
+def settings_of(*names: str) -> list[str]:
+    """The demo's settings for an objective, for a value model, as a command line."""
+    settings, own = yaml.safe_load((CONFIGS / "objectives.yaml").read_text()), {}
+    for name in names:
+        own |= {"output_dir": f"runs/demo-{name}", **settings.get(name, {})}
+    words = [(f"--{name}", value if isinstance(value, str) else json.dumps(value)) for name, value in own.items()]
+    return ["--config", str(CONFIGS / "tracerl.yaml"), *(word for pair in words for word in pair)]
+
+
 def main(args: list[str]) -> dict:
-    """Both halves. The arguments are those of TraceRL; SFT has the same seed."""
+    """Both halves. The arguments are those of the trainer's config; SFT has the same seed."""
     use_one_thread()
-    demo_args, rl_args = TrlParser((DemoArguments, TraceRLConfig)).parse_args_and_config(
-        ["--config", str(CONFIGS / "tracerl.yaml"), *args]
-    )
+    objective, config_class = find_objective(args)
+    value_model = named("value_model", args)
+    changed = [objective] if objective != "trace" else [f"value-{value_model}"] if value_model else []
+    parser = TrlParser((DemoArguments, config_class))
+    demo_args, rl_args = parser.parse_args_and_config([*settings_of(*changed), *args])
     steps = [] if demo_args.sft_steps is None else ["--max_steps", str(demo_args.sft_steps)]
     _, sft_args = parse_sft(["--seed", str(rl_args.seed), "--output_dir", rl_args.output_dir, *steps])
-    return run(demo_args, sft_args, rl_args)
+    return run(objective, value_model, demo_args, sft_args, rl_args)

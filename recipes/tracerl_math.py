@@ -1,5 +1,5 @@
 """
-TraceRL on math problems with answers.
+Reinforcement learning on math problems with answers: TraceRL, or what `--objective` names.
 
 A published model, with the paper's settings:
 
@@ -12,20 +12,22 @@ On other problems, from the Hub or a file (`--help` lists all arguments):
 With no model and no dataset, a tiny model is made, fine-tuned and trained on word problems (`make demo`):
 
     python recipes/tracerl_math.py
+    python recipes/tracerl_math.py --objective coupled
 """
 
 import sys
 
 from _data import DataArguments, make_parser, names_nothing, to_prompts
 from _main import train
+from _objectives import find_objective, trainer_of
 from _rewards import check_answers, find_rewards
 from datasets import Dataset
 from trl import ModelConfig
 
-from dllm_trl import TraceRLConfig, TraceRLTrainer
+from dllm_trl import DiffusionGRPOConfig
 
 
-def main(data_args: DataArguments, training_args: TraceRLConfig, model_args: ModelConfig) -> None:
+def main(data_args: DataArguments, training_args: DiffusionGRPOConfig, model_args: ModelConfig) -> None:
     reward_funcs = find_rewards(data_args.reward_funcs)
 
     def prepare(dataset: Dataset) -> Dataset:
@@ -33,7 +35,7 @@ def main(data_args: DataArguments, training_args: TraceRLConfig, model_args: Mod
         check_answers(reward_funcs, dataset)
         return dataset
 
-    train(TraceRLTrainer, prepare, data_args, training_args, model_args, reward_funcs=reward_funcs)
+    train(trainer_of(training_args), prepare, data_args, training_args, model_args, reward_funcs=reward_funcs)
 
 
 if __name__ == "__main__":
@@ -42,4 +44,5 @@ if __name__ == "__main__":
 
         _demo.main(sys.argv[1:])
     else:
-        main(*make_parser(TraceRLConfig).parse_args_and_config())
+        _, config_class = find_objective(sys.argv[1:])
+        main(*make_parser(config_class).parse_args_and_config())

@@ -1,11 +1,12 @@
 """
-The tables of docs/models.md, made from the code.
+The tables of docs/models.md and docs/objectives.md, made from the code.
 
     python -m tests.models_table            # prints them
-    python -m tests.models_table --write    # puts them into the page
+    python -m tests.models_table --write    # puts them into the pages
 """
 
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
@@ -14,10 +15,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from dllm_trl._compat import load_class
 from dllm_trl.generation import DiffusionGenerationMixin
 from dllm_trl.modeling import FAMILIES, NAMESAKES
-from dllm_trl.objectives import OBJECTIVES, SFT_OBJECTIVES
+from dllm_trl.objectives import OBJECTIVES, SFT_OBJECTIVES, Objective
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+DOCS = Path(__file__).parents[1] / "docs"
 CACHES = {"block": ["exact"], "full": ["none", "prefix", "dual"]}
 # Config class -> what of it is on the Hub. All else in the tables is read off the code
 CHECKPOINTS = {
@@ -106,12 +107,38 @@ def capabilities() -> str:
     return _rows(table)
 
 
-TABLES = {"facts": facts, "capabilities": capabilities}
+def objectives() -> str:
+    """Which objective trains which family."""
+    kinds = sorted(families(), key=lambda config_class: config_class.diffusion_attention)
+    table = [["", *(f"`{kind.__name__.removesuffix('Config')}`" for kind in kinds)]]
+    table.append(["attention", *(kind.diffusion_attention for kind in kinds)])
+    for name, made in OBJECTIVES.items():
+        table.append([f"`{name}`", *("yes" if kind.diffusion_attention in made.attentions else "-" for kind in kinds)])
+    return _rows(table)
 
 
-def fill(page: str) -> str:
+def options() -> str:
+    """What an objective takes and reads."""
+    table = [["", "`objective_kwargs`, defaults", "ratio to the old policy", "KL term (`beta`)", "loss"]]
+    for name, made in OBJECTIVES.items():
+        own = [f for f in fields(made) if f.init]
+        values = [f"`{f.name}={f.default!r}`" if f.default is not MISSING else f"`{f.name}`" for f in own]
+        loss = "`loss_type`" if made.loss is Objective.loss else "its own"
+        said = ["yes" if answer else "no" for answer in (made.has_ratio, made.has_kl)]
+        table.append([f"`{name}`", ", ".join(values) or "-", *said, loss])
+    return _rows(table)
+
+
+# Page -> its tables
+PAGES = {
+    DOCS / "models.md": {"facts": facts, "capabilities": capabilities},
+    DOCS / "objectives.md": {"objectives": objectives, "options": options},
+}
+
+
+def fill(page: str, tables: dict) -> str:
     """The page with its tables as they should be: each between two comments that name it."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         begin, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
         before, rest = page.split(begin)
         page = before + begin + make() + "\n" + end + rest.split(end)[1]
@@ -119,7 +146,8 @@ def fill(page: str) -> str:
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv[1:]:
-        PAGE.write_text(fill(PAGE.read_text()))
-    else:
-        print("\n\n".join(make() for make in TABLES.values()))
+    for path, tables in PAGES.items():
+        if "--write" in sys.argv[1:]:
+            path.write_text(fill(path.read_text(), tables))
+        else:
+            print("\n\n".join(make() for make in tables.values()), end="\n\n")

@@ -1,4 +1,6 @@
-"""docs/models.md says what the code does, and each cell of its table is tried on a tiny model."""
+"""
+docs/models.md and docs/objectives.md say what the code does, and each cell of their tables is tried on a tiny model.
+"""
 
 import json
 
@@ -19,9 +21,10 @@ EXAMPLES = {"prompt": ["1+2=", "2+2= "], "completion": ["3 is it", "4!"]}
 OPTIONS = {"max_steps": 1, "learning_rate": 1e-2, "gradient_checkpointing": False, "disable_tqdm": True, **ON_CPU}
 
 
-def test_page_is_up_to_date():
-    page = models_table.PAGE.read_text()
-    assert models_table.fill(page) == page, "Run `python -m tests.models_table --write`."
+@pytest.mark.parametrize("path", models_table.PAGES, ids=lambda path: path.stem)
+def test_pages_are_up_to_date(path):
+    page = path.read_text()
+    assert models_table.fill(page, models_table.PAGES[path]) == page, "Run `python -m tests.models_table --write`."
 
 
 def test_every_family_is_tried():

@@ -14,16 +14,25 @@ import sft_math
 import tracerl_math
 import yaml
 from _data import make_parser
+from _objectives import TRAINERS, find_objective, trainer_of
 from _word_problems import make_model, make_problems, make_tokenizer
 from random_model import make_random_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import get_peft_config
+from trl import TrlParser, get_peft_config
 
 import dllm_trl
-from dllm_trl import DiffusionGenerationConfig, DiffusionSFTConfig, TraceRLConfig
+from dllm_trl import (
+    CoupledGRPOConfig,
+    DiffusionGenerationConfig,
+    DiffusionGRPOConfig,
+    DiffusionSFTConfig,
+    RandomMaskGRPOConfig,
+    TraceRLConfig,
+)
 from dllm_trl.modeling import FAMILIES
-from dllm_trl.objectives import SFT_OBJECTIVES
+from dllm_trl.objectives import OBJECTIVES, SFT_OBJECTIVES
 
+from ..trainers.tiny_rl import ON_CPU
 from ..trainers.tiny_rl import make_model as make_tiny_model
 from ..trainers.tiny_rl import make_tokenizer as make_tiny_tokenizer
 
@@ -358,6 +367,80 @@ def test_demo_leaves_its_artefacts_and_prints_no_warning(tmp_path):
     ids = model.generate(**inputs)
     assert ids.size(1) > inputs["input_ids"].size(1)
     assert model.generation_config.confidence_threshold == 0.9 and model.generation_config.max_new_tokens == 40
+
+
+def run_demo(tmp_path, *args):
+    quick = ["--sft_steps", "2", "--max_steps", "2", "--sft_problems", "64", "--rl_problems", "16"]
+    quick += ["--eval_problems", "8", "--max_completion_length", "12", "--disable_tqdm", "true"]
+    quick += ["--per_device_train_batch_size", "16", "--output_dir", str(tmp_path)]
+    summary = _demo.main([*quick, *args])
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary and summary["rl_steps"] == 2
+    assert (tmp_path / "reward.png").is_file() and (tmp_path / "trace.html").is_file()
+    return summary
+
+
+FAST = ("coupled", "just_grpo")
+
+
+@pytest.mark.parametrize(
+    "objective", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in OBJECTIVES]
+)
+def test_demo_of_every_objective(tmp_path, capsys, objective):
+    summary = run_demo(tmp_path, "--objective", objective)
+    assert summary["objective"] == objective and summary["value_model"] is None
+    assert f"after {'TraceRL' if objective == 'trace' else objective}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value_model", ["copy", pytest.param("adapter", marks=pytest.mark.slow)])
+def test_demo_with_a_value_model(tmp_path, capsys, value_model):
+    summary = run_demo(tmp_path, "--value_model", value_model)
+    assert summary["objective"] == "trace" and summary["value_model"] == value_model
+    assert f"after TraceRL, {value_model} as critic" in capsys.readouterr().out
+
+
+def test_demo_has_settings_for_objectives(monkeypatch, tmp_path):
+    """In data: what an objective changes comes before the command line, which wins."""
+    for name in yaml.safe_load((_demo.CONFIGS / "objectives.yaml").read_text()):
+        objective = "trace" if name.startswith("value-") else name
+        _, config_class = find_objective(["--objective", objective])
+        TrlParser((_demo.DemoArguments, config_class)).parse_args_and_config(_demo.settings_of(name))
+    (tmp_path / "objectives.yaml").write_text("coupled: {learning_rate: 1.0e-5, objective_kwargs: {estimate: pair}}\n")
+    (tmp_path / "tracerl.yaml").write_text((_demo.CONFIGS / "tracerl.yaml").read_text())
+    monkeypatch.setattr(_demo, "CONFIGS", tmp_path)
+    parser = TrlParser((_demo.DemoArguments, CoupledGRPOConfig))
+    settings = _demo.settings_of("coupled")
+    _, args = parser.parse_args_and_config(settings)
+    assert args.learning_rate == 1e-5 and args.objective_kwargs == {"estimate": "pair"}
+    assert args.output_dir == "runs/demo-coupled" and args.max_steps == 120
+    _, args = parser.parse_args_and_config([*settings, "--learning_rate", "1.0", "--output_dir", str(tmp_path)])
+    assert args.learning_rate == 1 and args.output_dir == str(tmp_path)
+
+
+def test_objectives_have_their_trainers(tmp_path):
+    assert TRAINERS.keys() <= OBJECTIVES.keys()
+    (tmp_path / "run.yaml").write_text("objective: diffu_grpo\n")
+    config = ["--config", str(tmp_path / "run.yaml")]
+    for args, name, config_class in [
+        ([], "trace", TraceRLConfig),
+        (["--objective=coupled"], "coupled", CoupledGRPOConfig),
+        (["--learning_rate", "1", "--objective", "random_mask"], "random_mask", RandomMaskGRPOConfig),
+        (["--value_model", "copy"], "trace", TraceRLConfig),
+        (config, "diffu_grpo", RandomMaskGRPOConfig),
+        ([*config, "--objective", "gdpo"], "gdpo", DiffusionGRPOConfig),
+    ]:
+        assert find_objective(args) == (name, config_class)
+    with pytest.raises(ValueError, match=r"`objective` must be one of \['agrpo'.* but is 'dpo'"):
+        find_objective(["--objective", "dpo"])
+
+
+@pytest.mark.parametrize("objective", ["coupled", "gdpo"])
+def test_another_objective_on_a_file(tmp_path, tiny_model, problems_file, objective):
+    args = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(problems_file), "--instruction", ""]
+    args += ["--num_generations", "4", "--per_device_train_batch_size", "4", "--max_completion_length", "16", *CPU]
+    args += ["--max_steps", "1", "--report_to", "none", "--objective", objective, "--output_dir", str(tmp_path)]
+    _, config_class = find_objective(args)
+    tracerl_math.main(*make_parser(config_class).parse_args_and_config(args))
+    assert trainer_of(config_class(str(tmp_path), **ON_CPU))._tag_names[-1] in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("peft", [False, True])
