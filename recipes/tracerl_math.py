@@ -19,7 +19,7 @@ import sys
 
 from _data import DataArguments, make_parser, names_nothing, to_prompts
 from _main import train
-from _objectives import find_objective, trainer_of
+from _objectives import find_objective, parse, trainer_of
 from _rewards import check_answers, find_rewards
 from datasets import Dataset
 from trl import ModelConfig
@@ -45,4 +45,4 @@ if __name__ == "__main__":
         _demo.main(sys.argv[1:])
     else:
         _, config_class = find_objective(sys.argv[1:])
-        main(*make_parser(config_class).parse_args_and_config())
+        main(*parse(make_parser(config_class), sys.argv[1:]))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import _demo
+import _objectives
 import _rewards
 import pytest
 import sft_math
@@ -431,6 +432,17 @@ def test_objectives_have_their_trainers(tmp_path):
         assert find_objective(args) == (name, config_class)
     with pytest.raises(ValueError, match=r"`objective` must be one of \['agrpo'.* but is 'dpo'"):
         find_objective(["--objective", "dpo"])
+
+
+def test_a_config_of_tracerls_for_another_objective(tmp_path, capsys):
+    config = RECIPES / "configs" / "llada-8b" / "math.yaml"
+    args = ["--config", str(config), "--objective", "gdpo", "--output_dir", str(tmp_path), *CPU]
+    _, training_args, _ = _objectives.parse(make_parser(DiffusionGRPOConfig), args)
+    assert training_args.objective == "gdpo" and training_args.temperature == 0.8
+    assert "left out: --shrink" in capsys.readouterr().out
+    for wrong in (["--shrink", "8"], ["--estimate", "pair"]):
+        with pytest.raises(ValueError, match=f"no arguments .*{wrong[0]}"):
+            _objectives.parse(make_parser(DiffusionGRPOConfig), [*args, *wrong])
 
 
 @pytest.mark.parametrize("objective", ["coupled", "gdpo"])
