@@ -33,6 +33,7 @@ from dllm_trl import (
 from dllm_trl.modeling import FAMILIES
 from dllm_trl.objectives import OBJECTIVES, SFT_OBJECTIVES
 
+from ..rewards.test_process import Server, completion, send
 from ..trainers.tiny_rl import ON_CPU
 from ..trainers.tiny_rl import make_model as make_tiny_model
 from ..trainers.tiny_rl import make_tokenizer as make_tiny_tokenizer
@@ -247,6 +248,40 @@ def test_rl_configs_train(path, tmp_path, monkeypatch):
     small = {"num_generations": 4, "max_completion_length": 64, "overlong_slack": 0}
     log = run_small(path, tmp_path, monkeypatch, tracerl_math.main, TraceRLConfig, data, **small)
     assert 0 < log["reward"] < 1 and log["grad_norm"] > 0
+
+
+@configs("process_reward.yaml")
+def test_process_rewards_are_the_papers_and_train(path, tmp_path, monkeypatch):
+    """The judge is the one of the recipe, behind a server, which finds about half of the responses wrong."""
+    data_args, args, _ = parse(path)
+    assert (data_args.reward_funcs, args.reward_weights) == (["math", "process_judge.process"], [0.0, 1.0])
+    assert (args.reward_chunk_length, args.gamma, args.gae_lambda, args.value_learning_rate) == (200, 0.99, 1.0, 5e-6)
+    assert (args.generation_batch_size, args.num_generations, args.overlong_slack) == (512, 16, 5)
+
+    def behave(number, body, handler):
+        question = body["messages"][0]["content"]
+        assert body["model"] == "judge" and "Which" in question
+        send(handler, completion(rf"\boxed{{{1 - sum(question.encode()) % 2 * 2}}}"))
+
+    server = Server(behave)
+    names = {"JUDGE_URL": server.url, "JUDGE_MODEL": "judge", "JUDGE_CACHE": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delitem(sys.modules, "process_judge", raising=False)
+    data = [{"problem": "Which?", "answer": "2"}] * 4
+    small = {"num_generations": 4, "max_completion_length": 64, "overlong_slack": 0, "reward_chunk_length": 200}
+    half_right = lambda completions, **kwargs: [float(i % 2) for i in range(len(completions))]  # noqa: E731
+    monkeypatch.setitem(_rewards.REWARDS, "math", half_right)
+    try:
+        log = run_small(path, tmp_path, monkeypatch, tracerl_math.main, TraceRLConfig, data, **small)
+    finally:
+        server.close()
+    assert log["rewards/process_reward/std"] > 0 and log["grad_norm"] > 0 and len(server.requests) % 3 == 0
+    assert log["reward"] == log["rewards/process_reward/mean"]  # the other one has no weight
+    monkeypatch.delenv("JUDGE_URL")
+    monkeypatch.delitem(sys.modules, "process_judge")
+    with pytest.raises(ValueError, match="the environment variable `JUDGE_URL` does not say which"):
+        _rewards.find_rewards(["process_judge.process"])
 
 
 OWN_REWARD = """
