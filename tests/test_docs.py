@@ -156,6 +156,17 @@ def test_rl_objectives_of_ones_own_train(tmp_path, monkeypatch, number, family):
     assert any(not torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
 
 
+def test_the_judge_of_the_page_judges():
+    found = run_snippet(snippets("rewards.md", "`process_reward`")[1], {})
+    assert found["scores"] == [[1.0, -1.0]]
+
+
+def test_rewards_of_the_page_are_lists_of_chunks():
+    function, _ = snippets("rewards.md", "A list for each response")[0].split("\n\n\n")
+    variety = run_snippet(function, {})["variety"]
+    assert variety(completion_ids=[[1] * 50 + [1, 2], []]) == [[0.02, 1.0], []]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
