@@ -36,7 +36,7 @@ _OTHER_FIELDS |= {
 _OTHER_FIELDS |= {"num_completions_to_print", "epsilon", "epsilon_high", "delta", "ref_model_sync_steps"}
 _OTHER_FIELDS |= {"ref_model_mixup_alpha", "importance_sampling_level"}
 _OTHER_FIELDS |= {"value_learning_rate", "value_lr_scheduler_type", "value_lr_warmup_steps", "value_clip"}
-_OTHER_FIELDS |= {"value_loss_norm", "value_update_every", "value_warmup_updates"}
+_OTHER_FIELDS |= {"value_loss_norm", "value_epochs", "value_update_every", "value_warmup_updates"}
 
 
 class _EpochSampler(RepeatSampler):

@@ -47,6 +47,9 @@ class TraceRLConfig(DiffusionGRPOConfig):
         value_loss_norm (`str`, *optional*, defaults to `"token"`):
             `"token"`: the loss is the mean over all scored tokens. The mean over responses of, `"masked"`, the mean
             over their scored tokens or, `"response"`, the sum over these divided by `max_completion_length`.
+        value_epochs (`int`, *optional*, defaults to `1`):
+            How often the critic goes through a rollout, each time in as many updates as the policy, whose
+            `num_iterations` this is not.
         value_update_every (`int`, *optional*, defaults to `1`):
             The critic learns from every `value_update_every`-th rollout.
         value_warmup_updates (`int`, *optional*, defaults to `0`):
@@ -87,6 +90,7 @@ class TraceRLConfig(DiffusionGRPOConfig):
             "choices": list(VALUE_LOSS_NORMS),
         },
     )
+    value_epochs: int = field(default=1, metadata={"help": "How often the critic goes through a rollout."})
     value_update_every: int = field(
         default=1, metadata={"help": "The critic learns from every `value_update_every`-th rollout."}
     )
@@ -100,7 +104,7 @@ class TraceRLConfig(DiffusionGRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_counts(self, "shrink", "value_lora_rank", "value_update_every")
+        check_counts(self, "shrink", "value_lora_rank", "value_epochs", "value_update_every")
         check_counts(self, "value_lr_warmup_steps", "value_warmup_updates", least=0)
         if self.value_model in (True, False):  # from a file
             self.value_model = "copy" if self.value_model else None
@@ -125,7 +129,7 @@ class TraceRLConfig(DiffusionGRPOConfig):
         if not 0 < self.value_clip:
             raise ValueError(f"`value_clip` must be above 0, but is {self.value_clip}. `inf` does not clip.")
         if not 0 <= self.gae_lambda <= 1:
-            raise ValueError(f"`gae_lambda` must lie in [0, 1], but is {self.gae_lambda}.")
+            raise ValueError(f"`gae_lambda` must lie between 0 and 1, but is {self.gae_lambda}.")
 
     def objective_options(self) -> dict[str, dict[str, Any]]:
         return {"trace": {"shrink": self.shrink}}

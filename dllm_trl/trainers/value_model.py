@@ -52,7 +52,7 @@ def make_value_model(value_model: str | bool | nn.Module, trainer) -> nn.Module:
 class ValueEstimator:
     r"""
     What each token is worth: rewards over the steps of the trace minus what the critic expected (see [`step_gae`]).
-    In training the critic then learns from the same rollout, in as many updates and micro-batches as the policy will.
+    In training the critic then learns from the same rollout, with batches and micro-batches of the policy's sizes.
 
     Args:
         trainer ([`TraceRLTrainer`]):
@@ -80,9 +80,10 @@ class ValueEstimator:
 
     def make_scheduler(self, policy_steps: int) -> None:
         """The schedule of learning rates for a run of `policy_steps` optimizer steps of the policy."""
-        args, passes = self.trainer.args, self.trainer.num_iterations
-        rollouts = math.ceil(policy_steps * args.gradient_accumulation_steps / (args.steps_per_generation * passes))
-        updates = math.ceil(rollouts / args.value_update_every) * passes * self._updates_per_pass
+        args = self.trainer.args
+        micro_batches = args.steps_per_generation * self.trainer.num_iterations
+        rollouts = math.ceil(policy_steps * args.gradient_accumulation_steps / micro_batches)
+        updates = math.ceil(rollouts / args.value_update_every) * args.value_epochs * self._updates_per_epoch
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] = args.value_learning_rate
         self.scheduler = get_scheduler(
@@ -90,7 +91,7 @@ class ValueEstimator:
         )
 
     @property
-    def _updates_per_pass(self) -> int:
+    def _updates_per_epoch(self) -> int:
         args = self.trainer.args
         return max(args.steps_per_generation // args.gradient_accumulation_steps, 1)
 
@@ -100,19 +101,19 @@ class ValueEstimator:
         worth = self.outcomes.responses(outcome)
         if training:  # evaluations drop nothing
             rows = replace(rows, trained=rows.trained & worth.kept[outcome.mine].unsqueeze(1))
+        outcome.values = values = self._old_values(rows)
         steps = merged_steps(rows, trainer.objective.rounds(rows))
-        outcome.values = self._old_values(rows)
         rewards = rewards_on_tokens(worth.values, outcome, steps)
         discounts = (discount(args.gamma, outcome), args.gae_lambda)
-        gae = step_gae(steps, rows.trained, rewards, outcome.values, *discounts)
-        without = step_gae(steps, rows.trained, rewards, torch.zeros_like(outcome.values), *discounts)
-        self._note(rows.trained, gae, outcome.values, without.advantages)
+        gae = step_gae(steps, rows.trained, rewards, values, *discounts)
+        without = step_gae(steps, rows.trained, rewards, torch.zeros_like(values), *discounts)
+        self._note(rows.trained, gae, values, without.advantages)
         rollout = trainer._step // (args.steps_per_generation * trainer.num_iterations)
         if training and rollout % args.value_update_every == 0:
-            for _ in range(trainer.num_iterations):
-                for first in range(self._updates_per_pass):
-                    mine = slice(first, None, self._updates_per_pass)
-                    self._update(rows[mine], outcome.values[mine], gae.returns[mine])
+            for _ in range(args.value_epochs):
+                for first in range(self._updates_per_epoch):
+                    mine = slice(first, None, self._updates_per_epoch)
+                    self._update(rows[mine], values[mine], gae.returns[mine])
         return Advantage(gae.advantages, worth.kept)
 
     def state_dict(self) -> dict[str, dict]:

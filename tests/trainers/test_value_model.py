@@ -204,17 +204,17 @@ def test_it_learns_before_the_policy_and_after_the_advantages(tmp_path):
 
 @CRITICS
 def test_updates_follow_the_policys(tmp_path, value_model):
-    """As many in a rollout as the policy takes, every other rollout, on a schedule of their own."""
+    """As many in an epoch as the policy takes, every other rollout, on a schedule of their own."""
     options = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
-    options |= {"num_iterations": 2, "max_steps": 12, "value_update_every": 2}
+    options |= {"num_iterations": 2, "max_steps": 12, "value_update_every": 2, "value_epochs": 3}
     options |= {"value_lr_scheduler_type": "linear", "value_lr_warmup_steps": 2}
     trainer, sizes = make_trainer(tmp_path, None, value_model, **options), []
     update = trainer.estimator._update
     trainer.estimator._update = lambda rows, *rest: (sizes.append(len(rows)), update(rows, *rest))
     trainer.train()
-    # 3 rollouts, of which the critic learns from 2; 2 updates in each of 2 passes
-    assert sizes == [8] * 8
-    assert trainer.estimator.scheduler.last_epoch == 8 and trainer.estimator.scheduler.get_last_lr() == [0.0]
+    # 3 rollouts, of which the critic learns from 2; 2 updates in each of 3 epochs
+    assert sizes == [8] * 12
+    assert trainer.estimator.scheduler.last_epoch == 12 and trainer.estimator.scheduler.get_last_lr() == [0.0]
 
 
 def test_warmup_leaves_the_policy_alone(tmp_path):
@@ -337,14 +337,15 @@ def test_a_resumed_run_ends_with_the_same_models(tmp_path, value_model):
     [
         ({"value_model": 3}, "`value_model` must be"),
         ({"value_model": ""}, "`value_model` must be"),
-        ({"gamma": 1.5}, "`gamma` must lie in"),
-        ({"gae_lambda": -0.1}, "`gae_lambda` must lie in"),
+        ({"gamma": 1.5}, "`gamma` must lie between"),
+        ({"gae_lambda": -0.1}, "`gae_lambda` must lie between"),
         ({"value_clip": 0.0}, "`value_clip` must be above 0"),
         ({"value_loss_norm": "row"}, "`value_loss_norm` must be one of"),
         ({"value_learning_rate": -1.0}, "`value_learning_rate` must be"),
         ({"value_lr_scheduler_type": "greedy"}, "`value_lr_scheduler_type` must be one of"),
         ({"value_lr_warmup_steps": 3}, "constant_with_warmup"),
         ({"value_lora_rank": 0}, "`value_lora_rank` must be"),
+        ({"value_epochs": 0}, "`value_epochs` must be"),
         ({"value_update_every": 0}, "`value_update_every` must be"),
         ({"value_warmup_updates": -1}, "`value_warmup_updates` must be"),
     ],
