@@ -75,18 +75,24 @@ def adapter_critic(policy: nn.Module, rank: int = 16) -> PreTrainedModel:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    backbone, shared = _language_model(policy).model, {}
-    for parameter in backbone.parameters():
-        # In the same memory: what the policy's optimizer writes is seen, and no gradient goes there
-        shared[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
-    shared |= {id(buffer): buffer for buffer in backbone.buffers()}
+    backbone = _language_model(policy).model
+    # In the same memory: what the policy's optimizer writes is seen, and no gradient goes there
+    views = [(nn.Parameter(weight.detach(), requires_grad=False), weight) for weight in backbone.parameters()]
+    shared = {id(weight): view for view, weight in views} | {id(buffer): buffer for buffer in backbone.buffers()}
     twin = copy.deepcopy(backbone, shared)
     if is_peft_model(policy):
         _without_adapters(twin, merge=False)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     inject_adapter_in_model(config, twin, adapter_name=ADAPTER_NAME)
     cast_adapter_dtype(twin, ADAPTER_NAME)  # half precision is too coarse for small updates
-    return _make_critic(twin)
+    critic = _make_critic(twin)
+
+    def share_weights() -> None:
+        for view, weight in views:
+            view.data = weight.data  # which is new memory after `model.to(device)`, of the policy or of the critic
+
+    critic.share_weights = share_weights
+    return critic
 
 
 def load_critic(path: str, config: DiffusionConfigMixin, **options: Any) -> PreTrainedModel:
@@ -142,6 +148,7 @@ def export_critic(critic: nn.Module, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         torch.save(critic.state_dict(), Path(folder) / "pytorch_model.bin")
         return
+    critic.share_weights()
     layers = [module for module in critic.modules() if ADAPTER_NAME in getattr(module, "lora_A", ())]
     shared = {id(tensor): tensor for tensor in (*critic.parameters(), *critic.buffers())}
     for layer in layers:

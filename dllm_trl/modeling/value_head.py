@@ -33,6 +33,9 @@ class TokenHeadMixin:
         else:
             super()._init_weights(module)
 
+    def share_weights(self) -> None:
+        """Called before each forward. A critic that sees with another model's weights finds them anew here."""
+
     def forward(self, input_ids: torch.LongTensor | None = None, *args, **kwargs) -> TokenClassifierOutput:
         r"""
         Takes what the family's backbone takes.
@@ -41,6 +44,7 @@ class TokenHeadMixin:
             [`~transformers.modeling_outputs.TokenClassifierOutput`]: `logits` of shape `(B, S, num_labels)`, or of the
             `n` positions in `score_index`, `(1, n, num_labels)`.
         """
+        self.share_weights()
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             return TokenClassifierOutput(logits=self.score(hidden.to(self.score.weight.dtype)))

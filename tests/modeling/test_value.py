@@ -104,6 +104,15 @@ def test_an_adapter_shares_weights_and_nothing_else(family, lora):
     assert torch.equal(critic(IDS).logits, values)
     disturb(language_model(policy).model.parameters())
     assert not torch.equal(critic(IDS).logits, values)
+    # Nor does it matter that either of the two is moved
+    values = critic(IDS).logits.detach()
+    torch.testing.assert_close(critic.to("cpu:0")(IDS).logits, values)
+    language_model(policy).model.to("cpu:0")
+    disturb(language_model(policy).model.parameters())
+    assert not torch.equal(critic(IDS).logits, values)
+    assert {p.data_ptr() for p in critic.parameters()} - {p.data_ptr() for p in policy.parameters()} == {
+        p.data_ptr() for p in trainable(critic)
+    }
 
 
 @LORA

@@ -25,8 +25,20 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_in_value_training(estimator, update: int) -> None:
+    """Ends the process in the middle of the critic's `update`-th update: its weights are new, its optimizer's not."""
+    updates = iter(range(1, update + 1))
+
+    def count(*args):
+        if next(updates) == update:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    estimator.optimizer.register_step_post_hook(count)
+
+
 def main(options: dict) -> None:
     names = ("resume", "kill_at", "rows", "eval_rows", "family", "sharded", "lora", "model", "chunk_rewards")
+    kill_in_update = options.pop("kill_in_update", None)
     resume, kill_at, rows, eval_rows, family, sharded, lora, model, chunks = (options.pop(n, None) for n in names)
     if sharded:
         shard_on_cpu()
@@ -41,6 +53,8 @@ def main(options: dict) -> None:
         callbacks=[Kill(kill_at)] if kill_at else None,
         peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear") if lora else None,
     )
+    if kill_in_update:
+        kill_in_value_training(trainer.estimator, kill_in_update)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if trainer.accelerator.is_main_process:
