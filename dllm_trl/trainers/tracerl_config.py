@@ -129,7 +129,7 @@ class TraceRLConfig(DiffusionGRPOConfig):
         if not 0 < self.value_clip:
             raise ValueError(f"`value_clip` must be above 0, but is {self.value_clip}. `inf` does not clip.")
         if not 0 <= self.gae_lambda <= 1:
-            raise ValueError(f"`gae_lambda` must lie between 0 and 1, but is {self.gae_lambda}.")
+            raise ValueError(f"`gae_lambda` must lie in [0, 1], but is {self.gae_lambda}.")
 
     def objective_options(self) -> dict[str, dict[str, Any]]:
         return {"trace": {"shrink": self.shrink}}

@@ -337,8 +337,8 @@ def test_a_resumed_run_ends_with_the_same_models(tmp_path, value_model):
     [
         ({"value_model": 3}, "`value_model` must be"),
         ({"value_model": ""}, "`value_model` must be"),
-        ({"gamma": 1.5}, "`gamma` must lie between"),
-        ({"gae_lambda": -0.1}, "`gae_lambda` must lie between"),
+        ({"gamma": 1.5}, "`gamma` must lie in"),
+        ({"gae_lambda": -0.1}, "`gae_lambda` must lie in"),
         ({"value_clip": 0.0}, "`value_clip` must be above 0"),
         ({"value_loss_norm": "row"}, "`value_loss_norm` must be one of"),
         ({"value_learning_rate": -1.0}, "`value_learning_rate` must be"),
