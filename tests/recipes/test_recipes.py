@@ -107,8 +107,13 @@ def configs(*patterns: str) -> pytest.MarkDecorator:
 
 def parse(path: Path):
     """On a machine without accelerator `bf16` is refused, so that is overridden, and nothing else."""
-    config_class = DiffusionSFTConfig if path.stem.endswith("sft") else TraceRLConfig
-    return make_parser(config_class).parse_args_and_config(["--config", str(path), "--use_cpu", "--bf16", "false"])
+    return make_parser(config_class_of(path)).parse_args_and_config(
+        ["--config", str(path), "--use_cpu", "--bf16", "false"]
+    )
+
+
+def config_class_of(path: Path) -> type:
+    return DiffusionSFTConfig if path.stem.endswith("sft") else find_objective(["--config", str(path)])[1]
 
 
 def attention(path: Path) -> str:
@@ -158,7 +163,7 @@ def test_sft_configs_are_the_references(path):
     assert args.max_length <= POSITIONS[FAMILY[path.parent.name][0]]
 
 
-@configs("*.yaml")
+@configs("math.yaml", "process_reward.yaml", "*_sft.yaml")
 def test_optimizer_is_the_references(path):
     _, args, _ = parse(path)
     assert (args.optim.value, args.adam_beta1, args.adam_beta2, args.weight_decay) == ("adamw_torch", 0.9, 0.999, 0)
@@ -194,6 +199,44 @@ def test_rl_configs_are_the_papers(path):
         assert args.remasking_strategy == "low_confidence_static" and data_args.max_prompt_length == 512
         generation = DiffusionGenerationConfig(cache=args.cache, **args.generation_kwargs)
         assert generation.refresh_interval == (32 if family == "Dream" else 128)
+
+
+AUTHORS = {  # of a method: what is not TRL's default, and how many responses a rollout has
+    "coupled": (
+        {"objective": "coupled", "estimate": "diffucoder", "lower": 0.2, "upper": 0.8, "max_completion_length": 256}
+        | {"scale_rewards": "leave_one_out", "epsilon": 0.5, "beta": 0.01, "num_generations": 10, "num_iterations": 2}
+        | {"learning_rate": 1e-6, "adam_beta2": 0.99, "weight_decay": 0.1, "max_grad_norm": 0.2, "top_p": 0.95}
+        | {"sync_ref_model": True, "ref_model_sync_steps": 64, "remasking_strategy": "entropy", "temperature": 1.0},
+        80,
+    ),
+    "d1": (
+        {"objective": "diffu_grpo", "prompt_mask_prob": 0.15, "scale_rewards": "none", "epsilon": 0.5, "beta": 0.04}
+        | {"num_generations": 6, "num_iterations": 12, "learning_rate": 3e-6, "adam_beta2": 0.99, "weight_decay": 0.1}
+        | {"max_grad_norm": 0.2, "max_completion_length": 256, "block_length": 32, "denoising_steps": 16}
+        | {"temperature": 0.9},
+        96,
+    ),
+    "unigrpo": (
+        {"objective": "random_mask", "ratios": "spaced", "lower": 0.1, "upper": 0.9, "num_iterations": 2}
+        | {"scale_rewards": "population", "epsilon": 0.2, "beta": 0.01, "kl_target": "old", "learning_rate": 1e-6}
+        | {"num_generations": 8, "max_completion_length": 512},
+        256,
+    ),
+}
+
+
+@configs(*(f"{name}.yaml" for name in AUTHORS))
+def test_methods_of_others_are_their_authors(path):
+    data_args, args, model_args = parse(path)
+    expected, responses = AUTHORS[path.stem]
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.generation_batch_size == responses and responses % (8 * args.per_device_train_batch_size) == 0
+    assert args.num_generations * 8 <= responses and args.loss_type == "dapo" and not args.use_bias_correction_kl
+    assert data_args.reward_funcs[0] == "math"
+    assert (model_args.use_peft, model_args.load_in_4bit) == ((path.stem == "d1"),) * 2
+    if model_args.use_peft:
+        assert (model_args.lora_r, model_args.lora_alpha, len(model_args.lora_target_modules)) == (128, 64, 7)
+    assert trainer_of(args).config_class is type(args) is not TraceRLConfig
 
 
 SMALL = {  # what a tiny model on one core needs of a configuration for eight GPUs, and nothing else
@@ -236,7 +279,7 @@ def test_sft_configs_train(path, tmp_path, monkeypatch):
     assert log["loss"] > 0
 
 
-@configs("math.yaml")
+@configs("math.yaml", *(f"{name}.yaml" for name in AUTHORS))
 def test_rl_configs_train(path, tmp_path, monkeypatch):
     """The rewards differ within a group: something is learnt."""
 
@@ -245,9 +288,9 @@ def test_rl_configs_train(path, tmp_path, monkeypatch):
 
     monkeypatch.setitem(_rewards.REWARDS, "math", reward)
     data = [{"problem": "1+1?", "answer": "2"}] * 4
-    small = {"num_generations": 4, "max_completion_length": 64, "overlong_slack": 0}
-    log = run_small(path, tmp_path, monkeypatch, tracerl_math.main, TraceRLConfig, data, **small)
-    assert 0 < log["reward"] < 1 and log["grad_norm"] > 0
+    small = {"num_generations": 4, "max_completion_length": 64, "overlong_slack": 0, "load_in_4bit": "false"}
+    log = run_small(path, tmp_path, monkeypatch, tracerl_math.main, config_class_of(path), data, **small)
+    assert 0 < log["rewards/reward/mean"] < 1 and log["grad_norm"] > 0
 
 
 @configs("process_reward.yaml")
