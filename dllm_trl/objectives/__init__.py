@@ -11,6 +11,7 @@ from .block_reveal import BlockRevealObjective
 from .coupled import CoupledObjective
 from .diffu_grpo import DiffuGRPOObjective
 from .ebpo import EBPOObjective
+from .egspo import EGSPOObjective
 from .gdpo import GDPOObjective
 from .just_grpo import JustGRPOObjective
 from .lightning_rl import LightningRLObjective
@@ -27,6 +28,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "coupled": CoupledObjective,
     "diffu_grpo": DiffuGRPOObjective,
     "ebpo": EBPOObjective,
+    "egspo": EGSPOObjective,
     "gdpo": GDPOObjective,
     "just_grpo": JustGRPOObjective,
     "lightning_rl": LightningRLObjective,

@@ -55,6 +55,8 @@ class Outcome:
             denoising forwards that decoded it.
         limit (`int`, *optional*):
             Tokens that a response may have.
+        completed (`torch.FloatTensor` of shape `(N, K)`, *optional*):
+            Total rewards of the `K` canvases of [`Objective.completes`], NaN where there was nothing to complete.
     """
 
     rewards: torch.Tensor
@@ -70,6 +72,7 @@ class Outcome:
     lengths: torch.Tensor | None = None
     num_forward_passes: torch.Tensor | None = None
     limit: int | None = None
+    completed: torch.Tensor | None = None
 
 
 @dataclass
@@ -220,6 +223,14 @@ class Objective(ABC):
         token of this process.
         """
         return values
+
+    def completes(self, rows: Rows) -> list[torch.Tensor]:
+        """
+        Positions `(B, R)` that are hidden from each of `K` copies of the responses, which are then completed greedily
+        and rewarded: `outcome.completed`. With block attention the completion ends with the first block of them. By
+        default there are none.
+        """
+        return []
 
     def keeps(self, outcome: Outcome) -> torch.Tensor:
         """Responses `(N,)` that count in training; nothing of the others is scored. By default all."""

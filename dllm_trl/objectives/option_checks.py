@@ -1,5 +1,6 @@
 """Checks of the options that objectives have in common, at construction."""
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -27,3 +28,11 @@ def check_shares(objective: Any, *names: str) -> None:
         order = " <= ".join(("0", *names, "1"))
         said = ", ".join(f"`{name}={value!r}`" for name, value in zip(names, values, strict=True))
         raise ValueError(f"{said}: must be {order}.")
+
+
+def check_weights(objective: Any, *names: str) -> None:
+    """Raises if an option is no finite number of at least 0."""
+    for name in names:
+        value = getattr(objective, name)
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be a number of at least 0, but is {value!r}.")

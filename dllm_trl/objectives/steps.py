@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from ..types import Round
+from .ratios import clipped_surrogate, kl_estimate
 
 
 def per_step(values: torch.Tensor, step_map: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -58,3 +59,46 @@ def drawn_rounds(
     shares = (same * weights.unsqueeze(1)).sum(2)
     rounds = step_rounds(step_map, trained, steps.where(first, -1))
     return [replace(r, loss_weight=w.expand(trained.shape)) for r, w in zip(rounds, shares.split(1, 1), strict=True)]
+
+
+def least_sure_steps(
+    step_map: torch.Tensor, entropies: torch.Tensor, counted: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Steps `(B, count)` whose tokens of `counted` have the largest mean entropy, these first, the earlier of equal
+    ones; -1 where a row has no more."""
+    tokens = per_step(counted.double(), step_map, counted)
+    means = per_step(entropies.double(), step_map, counted) / tokens
+    means, steps = means.where(tokens > 0, -torch.inf).sort(dim=1, descending=True, stable=True)
+    chosen = steps.where(means > -torch.inf, -1)[:, :count]
+    return torch.nn.functional.pad(chosen, (0, count - chosen.size(1)), value=-1)
+
+
+def step_advantages(
+    rewards: torch.Tensor, completed: torch.Tensor, num_generations: int, lam: float = 0.5, normalize: bool = True
+) -> torch.Tensor:
+    """
+    Advantages `(N, K)` of steps: the reward `(N,)` of the response, and `lam` times what it exceeds that of the canvas
+    before the step by, `completed` `(N, K)`, over `1 + lam` with `normalize`; minus the mean over the siblings' steps
+    of the same place. NaN is left out, and worth 0.
+    """
+    worth = rewards.double().unsqueeze(1) * (1 + lam) - lam * completed.double()
+    grouped = (worth / (1 + lam) if normalize else worth).view(-1, num_generations, completed.size(1))
+    return (grouped - grouped.nanmean(1, keepdim=True)).nan_to_num(0.0).view(completed.shape)
+
+
+def step_loss(new, old, ref, worth, scored, clip, beta=0.0, agg="sum", tokens_per_step=None):
+    """
+    Mean over the steps of a response, then over responses. `worth` `(K, B)`; log-probabilities and `scored`
+    `(K, B, R)`. A step has the sum (`agg="sum"`) or the mean of its tokens', and its loss is divided by
+    `tokens_per_step`.
+    """
+    count = scored.sum(-1)
+
+    def of_steps(logps: torch.Tensor) -> torch.Tensor:
+        return (logps * scored).sum(-1) / (count.clamp(min=1) if agg == "mean" else 1)
+
+    loss = -clipped_surrogate(of_steps(new) - of_steps(old), worth, *clip)
+    if beta:
+        loss = loss + beta * kl_estimate(of_steps(new) - of_steps(ref))
+    loss = loss / (1 if tokens_per_step is None else tokens_per_step) * (count > 0)
+    return (loss.sum(0) / (count > 0).sum(0).clamp(min=1)).mean()

@@ -35,6 +35,7 @@ from .constructor_checks import (
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .draws import CountingDraws
 from .earlier_logps import earlier_logps, num_scored
+from .greedy_rewards import greedy_rewards
 from .grpo_metrics import ROW_NORMALISED, Generation, GRPOMetricsMixin
 from .metrics import new_notes
 from .model_card import DiffusionModelCardMixin
@@ -244,6 +245,7 @@ class DiffusionGRPOTrainer(
         # Rows that TRL masks (`mask_truncated_completions`) and repeats do not count
         rows = generation.rollout.rows(self.args.num_scored_pads)
         rows.trained &= (output["completion_mask"].any(1) & generation.counted).unsqueeze(1)
+        generation.completed = greedy_rewards(self, inputs, generation, rows)
         advantage = self._estimate(generation, output["advantages"], rows)
         mine = self._mine(len(rows))
         rows.trained &= advantage.kept[mine].unsqueeze(1)

@@ -1,6 +1,6 @@
 """What is computed of a rollout before its first update: log-probabilities under earlier policies, and counts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,10 +12,11 @@ from ..types import DiffusionRollout, Round, Rows
 from .reference_model import reference_of
 
 
-def _micro_batches(trainer, rows: Rows) -> Iterator[Rows]:
+def micro_batches(trainer, count: int) -> list[slice]:
+    """`count` rows of a rollout in micro-batches."""
     args = trainer.args
     size = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _logps_of(trainer, model: nn.Module, rows: Rows, rounds_of: Callable[[Rows, int], list[Round]]) -> torch.Tensor:
@@ -23,7 +24,7 @@ def _logps_of(trainer, model: nn.Module, rows: Rows, rounds_of: Callable[[Rows, 
     views = []
     for view in range(trainer.objective.num_views):
         parts = []
-        for part in _micro_batches(trainer, rows):
+        for part in (rows[mine] for mine in micro_batches(trainer, len(rows))):
             rounds = rounds_of(part, view)
             with trainer.accelerator.autocast():
                 scores = trainer.scorer(model, part, rounds)
@@ -64,6 +65,6 @@ def num_scored(trainer, rows: Rows) -> dict[str, torch.Tensor]:
     if not objective.partial:
         return {}
     counts = torch.zeros(objective.num_views, dtype=torch.long, device=rows.canvas_ids.device)
-    for part in _micro_batches(trainer, rows):
+    for part in (rows[mine] for mine in micro_batches(trainer, len(rows))):
         counts += torch.stack([any_scored(objective.rounds(part, v)).sum() for v in range(objective.num_views)])
     return {"num_scored": trainer.accelerator.reduce(counts, "sum").expand(len(rows), -1)}

@@ -30,6 +30,7 @@ class Generation:
         rewards (`torch.FloatTensor` of shape `(N, F)`, *optional*): Rewards of all processes, means in place of lists.
         numbers (`torch.FloatTensor` of shape `(N, F)`, *optional*): The same with NaN in place of lists.
         lists (`torch.FloatTensor` of shape `(N, K)`, *optional*): Weighted sums of those that are lists, if there are.
+        completed (`torch.FloatTensor` of shape `(N, K)`, *optional*): See [`Outcome`].
     """
 
     first_row: int = 0
@@ -38,6 +39,7 @@ class Generation:
     rewards: torch.Tensor | None = None
     numbers: torch.Tensor | None = None
     lists: torch.Tensor | None = None
+    completed: torch.Tensor | None = None
 
 
 class GRPOMetricsMixin(RatioMetricsMixin):
@@ -111,7 +113,7 @@ class GRPOMetricsMixin(RatioMetricsMixin):
         facts = rows.trained.sum(1), rollout.completion_mask.sum(1), rollout.num_forward_passes
         num_trained, lengths, forwards = self.accelerator.gather(torch.stack(facts, dim=1)).unbind(1)
         known = {"num_trained": num_trained, "lengths": lengths, "num_forward_passes": forwards}
-        known |= {"counted": num_trained > 0, "limit": self.max_completion_length}
+        known |= {"counted": num_trained > 0, "limit": self.max_completion_length, "completed": generation.completed}
         gathered = self.accelerator.gather(advantages)
         outcome = Outcome(generation.rewards, total, gathered, siblings, mine, rows, **known)
         if generation.lists is not None:

@@ -12,7 +12,6 @@ AWAITED = {
     *("spg_sequence_logp", "spg_loss", "wd1_loss", "mask_counts_espo", "espo_elbo"),
     *("espo_loss", "bgpo_loss", "dipo_loss", "gdpo_quadrature", "gdpo_masks", "gdpo_elbo", "gdpo_loss"),
     *("stabledrl_loss", "ebpo_mask_counts", "ebpo_elbo", "ebpo_loss", "justgrpo_rounds", "justgrpo_loss"),
-    *("egspo_steps", "egspo_entropy", "egspo_advantages", "egspo_loss"),
     *("step_gae", "value_loss"),
     *("process_scores_text", "process_scores_vision", "process_tokens_text", "process_tokens_vision"),
     *("mask_counts_llada", "bacd_commits"),
