@@ -163,6 +163,8 @@ def test_the_normaliser_is_that_of_the_whole_step(tmp_path):
             batch["rows/trained"][0, 5:] = False  # with equal lengths the sum would be 0
             rows, worth = rows_of(trainer, batch), batch["advantages"]
             assert (worth != 0).sum() == 4
+            # TRL's are z-scores, here times 8 / 4
+            assert worth.square().sum().item() == pytest.approx(3 * 2**2, rel=0.01)
             whole = trainer._compute_loss(trainer.model, batch).item()
             assert whole == pytest.approx(-(worth / 2 * rows.trained.sum(1)).sum().item() / (10 * 4), rel=1e-4)
         trainer.train()
