@@ -17,6 +17,7 @@ from .just_grpo import JustGRPOObjective
 from .lightning_rl import LightningRLObjective
 from .random_mask import RandomMaskObjective
 from .semi_ar import SemiAutoregressiveObjective
+from .stable_drl import StableDRLObjective
 from .trace import TraceObjective
 from .unigrpo import UniGRPOObjective
 
@@ -33,6 +34,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "just_grpo": JustGRPOObjective,
     "lightning_rl": LightningRLObjective,
     "random_mask": UniGRPOObjective,
+    "stable_drl": StableDRLObjective,
     "trace": TraceObjective,
 }
 # Supervised fine-tuning, and what it does by default for each kind of attention

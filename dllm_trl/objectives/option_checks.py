@@ -36,3 +36,10 @@ def check_weights(objective: Any, *names: str) -> None:
         value = getattr(objective, name)
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise ValueError(f"`{name}` must be a number of at least 0, but is {value!r}.")
+
+
+def check_positive(objective: Any, *names: str) -> None:
+    """Raises if an option is not above 0."""
+    for name in names:
+        if not getattr(objective, name) > 0:
+            raise ValueError(f"`{name}` must be above 0, but is {getattr(objective, name)!r}.")

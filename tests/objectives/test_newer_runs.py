@@ -13,7 +13,7 @@ from ..trainers.test_training_gain import digit_reward
 from ..trainers.tiny_rl import ON_CPU, make_model, make_prompts, make_tokenizer
 
 
-PAIRS = [(name, family) for name in ("gdpo", "just_grpo", "ebpo") for family in ("sdar", "llada")]
+PAIRS = [(name, family) for name in ("gdpo", "just_grpo", "stable_drl", "ebpo") for family in ("sdar", "llada")]
 PAIRS += [("block_reveal", "sdar")]
 OPTIONS = {"num_iterations": 2, "block_length": 4, "remasking_strategy": None, "denoising_steps": None}
 SGD = {"optim": "sgd", "learning_rate": 0.02, "lr_scheduler_type": "constant"}  # Adam would enlarge rounding
@@ -37,7 +37,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path, objective, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "family"), [("gdpo", "llada"), ("just_grpo", "sdar")])
+@pytest.mark.parametrize(("objective", "family"), [("stable_drl", "sdar"), ("gdpo", "llada"), ("just_grpo", "sdar")])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, objective, family):
     """In the middle of the second view of a rollout that lasts four updates of two micro-batches; bit for bit."""
     options = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2}

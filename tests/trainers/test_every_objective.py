@@ -20,7 +20,7 @@ from .tiny_rl import TINY, config_class, make_model, rows_of
 
 
 # The prompt is what is asked; only these hide some of it
-MASKS_PROMPTS = {"diffu_grpo"}
+MASKS_PROMPTS = {"diffu_grpo", "stable_drl"}
 # Drops no group of a random model's responses, which are all about as fast and wrong
 LENIENT = {"lightning_rl": {"slack": 0, "least_range": 0.0, "drop_all_wrong": False}}
 CHECKED = ("sdar", "llada", "Dream")
