@@ -301,8 +301,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             Upper bound of denoising steps *per block*. `None` takes `block_length`.
         remasking_strategy (`str` or `Callable`, *optional*):
             Which masked tokens are committed in a step: `"sequential"`, `"low_confidence_static"`,
-            `"low_confidence_dynamic"`, `"random"`, `"entropy"`, `"margin"`, `"entropy_bound"`, or a function with the
-            signature of those in `dllm_trl.generation.samplers`.
+            `"low_confidence_dynamic"`, `"random"`, `"entropy"`, `"margin"`, `"entropy_bound"`, `"bacd"`, or a function
+            with the signature of those in `dllm_trl.generation.samplers`.
         parameters of the strategies (*optional*):
             By their names: the fields of the dataclasses in `dllm_trl.generation.samplers`, which
             `dllm_trl.generation.samplers.parameters()` lists. `None` takes the default that stands there.

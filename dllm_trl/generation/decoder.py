@@ -303,7 +303,14 @@ class Decoder(ABC):
                 "model: try `bfloat16` or `float32`."
             )
         masked = self._tensor(candidates)
-        scores = TokenScores(masked, log_probs, every, lambda: self._tensor(uniform(*counters, 1)), settings.alg_temp)
+        scores = TokenScores(
+            masked,
+            log_probs,
+            every,
+            lambda: self._tensor(uniform(*counters, 1)),
+            settings.alg_temp,
+            lambda: self._tensor(np.where(slots["steps"] >= 0, slots["logprobs"], np.float32(np.nan))),
+        )
         return tokens, recorded, entropies, scores
 
     def _process(self, processors: LogitsProcessorList, logits: torch.Tensor, row_of: np.ndarray) -> torch.Tensor:

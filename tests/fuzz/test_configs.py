@@ -19,6 +19,8 @@ def test_generation_config():
             "refresh_interval": [-1, *NOT_INTEGERS],
             "confidence_threshold": [-0.1, 1.1, INF, *NOT_NUMBERS],
             "entropy_bound": [-0.1, *NOT_NUMBERS],
+            "threshold_lower": [-0.1, 0.95, *NOT_NUMBERS],
+            "threshold_upper": [1.1, 0.5, *NOT_NUMBERS],
             "temperature": [-1.0, *NOT_NUMBERS],
             "top_p": [-0.1, 1.1, *NOT_NUMBERS],
             "alg_temp": [-1.0, *NOT_NUMBERS],

@@ -53,6 +53,8 @@ def test_generate(family):
             "eos_token_id": ["x", [1.5]],
             "seed": [1.5, "x", NAN],
             "entropy_bound": [-0.1, *NOT_NUMBERS],
+            "threshold_lower": [-0.1, 0.95, *NOT_NUMBERS],
+            "threshold_upper": [1.1, 0.5, *NOT_NUMBERS],
             "cfg_scale": [-1.0, *NOT_NUMBERS],
             "alg_temp": [-1.0, *NOT_NUMBERS],
             "top_k": [-1, 1.5, "x", NAN],

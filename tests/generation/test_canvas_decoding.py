@@ -11,6 +11,7 @@ from dllm_trl.generation import DiffusionGenerationConfig, denoising_steps_per_b
 from dllm_trl.generation.cache import SlotCache
 from dllm_trl.generation.fused_forward import FusedForward
 from dllm_trl.generation.samplers import SAMPLERS, TokenScores, make_sampler
+from dllm_trl.generation.samplers import parameters as parameters_of_strategies
 from dllm_trl.generation.sampling import draw, mix, uniform
 from tests.trainers.tiny_rl import FULL, make_model
 
@@ -54,6 +55,8 @@ def config(cache="none", **kwargs):
         "denoising_schedule": "even",
         "confidence_threshold": 0.3,
         "entropy_bound": 1.0,
+        "threshold_lower": 0.1,
+        "threshold_upper": 0.3,
         "eos_token_id": -1,
         "cache": "prefix" if cache == "horizon" else cache,
         **CACHES[cache],
@@ -135,7 +138,9 @@ def definition(model, prompt, parameters, seed, cache, limit=None):
                 tokens = allowed.argmax(-1)
             picked = log_probs.gather(-1, tokens[:, None])[:, 0]
             noise = partial(lambda n, s: torch.from_numpy(uniform(row_seed, n, s, 1)), positions, step)
-            scores = TokenScores(masked[None], picked, log_probs, noise)
+            mine = slice(start - len(prompt), stop - len(prompt))
+            done = logprobs[None, mine].masked_fill(ids[None, start:stop] == MASK, torch.nan)
+            scores = TokenScores(masked[None], picked, log_probs, noise, committed_log_probs=lambda done=done: done)
             if p.denoising_schedule == "dream":
                 times, now = np.linspace(1, 1e-3, steps + 1), min(step, steps - 1)
                 share = 1 - times[now + 1] / times[now]
@@ -143,7 +148,7 @@ def definition(model, prompt, parameters, seed, cache, limit=None):
             else:
                 width = stop - start
                 quota = width // steps + (step < width % steps) if step < steps else int(masked.sum())
-            kwargs = {"confidence_threshold": p.confidence_threshold, "entropy_bound": p.entropy_bound}
+            kwargs = {name: getattr(p, name) for name in parameters_of_strategies()}
             quota = torch.tensor([max(quota, forced)])
             commit = make_sampler(p.remasking_strategy, kwargs)(scores, masked[None], quota)[0]
             where = commit.nonzero()[:, 0] + start

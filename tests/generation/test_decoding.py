@@ -18,12 +18,14 @@ from .conftest import MASK, VOCAB, forwards, left_pad, ragged_prompts
 
 STRATEGIES = sorted(SAMPLERS)
 FIELDS = ("completion_ids", "completion_mask", "canvas_ids", "canvas_mask", "step_map", "num_forward_passes")
+BOUNDS = {"threshold_lower": 0.1, "threshold_upper": 0.3}
 
 
 def config(**kwargs):
     kwargs.setdefault("max_new_tokens", 10)
     kwargs.setdefault("confidence_threshold", 0.5)
     kwargs.setdefault("entropy_bound", 1.0)
+    kwargs = BOUNDS | kwargs
     return DiffusionGenerationConfig(**{"eos_token_id": -1, **kwargs})
 
 
@@ -75,9 +77,14 @@ def uncached(model, prompt, limit, block, steps, strategy, seed, temperature, th
             else:
                 tokens = allowed.argmax(-1)
             picked = log_probs.gather(-1, tokens[:, None])[:, 0]
-            scores = TokenScores(masked[None], picked, log_probs, partial(draw_uniform, row_seed, positions, step))
+            noise = partial(draw_uniform, row_seed, positions, step)
+            done = torch.full((1, block), torch.nan)
+            for place in range(max(start, len(prompt)), end):
+                if ids[place] != MASK:
+                    done[0, place - start] = logprobs[place - len(prompt)]
+            scores = TokenScores(masked[None], picked, log_probs, noise, committed_log_probs=lambda done=done: done)
             quota = torch.tensor([block // steps + (step < block % steps)])
-            kwargs = {"confidence_threshold": threshold, "entropy_bound": bound}
+            kwargs = {"confidence_threshold": threshold, "entropy_bound": bound, **BOUNDS}
             commit = make_sampler(strategy, kwargs)(scores, masked[None], quota)[0]
             where = commit.nonzero()[:, 0] + start
             ids[where] = tokens[commit[masked]]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dllm_trl.generation.samplers import SAMPLERS, TokenScores, make_sampler, top_quota
+from dllm_trl.generation.samplers import SAMPLERS, TokenScores, make_sampler, parameters, top_quota
 from dllm_trl.generation.samplers.low_confidence_dynamic import LowConfidenceDynamic
 
 
@@ -34,7 +34,8 @@ PROBABILITIES = [[[0.5, 0.3, 0.2], [0.9, 0.05, 0.05], [1.0, 0.0, 0.0], [0.6, 0.3
 )
 def test_strategies(name, quota, expected):
     scores = scores_of(PROBABILITIES, MASKED)
-    sampler = make_sampler(name, {"confidence_threshold": 0.7, "entropy_bound": 0.5})
+    values = {parameter: field.default for parameter, field in parameters().items()}
+    sampler = make_sampler(name, values | {"confidence_threshold": 0.7, "entropy_bound": 0.5})
     commit = sampler(scores, MASKED, torch.tensor([quota]))
     assert commit[0].nonzero()[:, 0].tolist() == expected
     assert not (commit & ~MASKED).any()

@@ -84,7 +84,8 @@ def test_function_of_ones_own_gets_the_parameters_of_all(model, around):
         return top_quota(masked.float(), masked, quota)
 
     model.generate(PROMPT, max_new_tokens=4, remasking_strategy=mine, confidence_threshold=0.3)
-    assert seen == {"confidence_threshold": 0.3, "entropy_bound": 0.1, "center": 1.0}
+    bounds = {"threshold_lower": 0.6, "threshold_upper": 0.9}
+    assert seen == {"confidence_threshold": 0.3, "entropy_bound": 0.1, "center": 1.0, **bounds}
 
 
 def test_of_one_name_in_two_strategies_the_chosen_ones_default_counts(model, monkeypatch):

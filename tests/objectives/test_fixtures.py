@@ -14,7 +14,7 @@ AWAITED = {
     *("stabledrl_loss", "ebpo_mask_counts", "ebpo_elbo", "ebpo_loss", "justgrpo_rounds", "justgrpo_loss"),
     *("step_gae", "value_loss"),
     *("process_scores_text", "process_scores_vision", "process_tokens_text", "process_tokens_vision"),
-    *("mask_counts_llada", "bacd_commits"),
+    "mask_counts_llada",
 }
 
 

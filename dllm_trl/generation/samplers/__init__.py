@@ -5,7 +5,7 @@ One remasking strategy per file. A strategy is a function
 
 that says which masked tokens of each block are committed in this step:
 
-- `scores` ([`TokenScores`]): `confidence`, `entropy`, `margin`, `uniform`, each `(B, W)` float32.
+- `scores` ([`TokenScores`]): `confidence`, `entropy`, `margin`, `uniform`, `committed`, each `(B, W)` float32.
 - `masked` `(B, W)` bool: positions still masked.
 - `quota` `(B,)` long: tokens the schedule asks for in this step (it may exceed the masked ones).
 - `commit` `(B, W)` bool: a subset of `masked`, not empty where the quota is all that is masked.
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .bacd import BoundedAdaptive
 from .common import TokenScores, built, checked, top_quota
 from .entropy import entropy
 from .entropy_bound import EntropyBound
@@ -41,6 +42,7 @@ SAMPLERS = {
     "entropy": entropy,
     "margin": margin,
     "entropy_bound": EntropyBound,
+    "bacd": BoundedAdaptive,
 }
 
 

@@ -30,6 +30,8 @@ class TokenScores:
             Uniform draws in [0, 1) for the masked positions, `(n,)`, for the strategies that need randomness.
         alg_temp (`float`, *optional*, defaults to `0.0`):
             Temperature of the ranking (Dream's `alg_temp`), 0 for none.
+        committed_log_probs (`Callable[[], torch.FloatTensor]`, *optional*):
+            Log-probabilities `(B, W)` of the tokens that the blocks have committed, NaN where they have none.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class TokenScores:
         log_probs: torch.Tensor,
         draw: Callable[[], torch.Tensor],
         alg_temp: float = 0.0,
+        committed_log_probs: Callable[[], torch.Tensor] | None = None,
     ):
-        self.alg_temp = alg_temp
+        self.alg_temp, self.committed_log_probs = alg_temp, committed_log_probs
         self.masked, self.token_log_probs, self.log_probs, self.draw = masked, token_log_probs, log_probs, draw
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
@@ -49,6 +52,11 @@ class TokenScores:
     @cached_property
     def confidence(self) -> torch.Tensor:
         return self._spread(self.token_log_probs.exp())
+
+    @cached_property
+    def committed(self) -> torch.Tensor:
+        """Confidence of the tokens committed in earlier steps of the block, NaN elsewhere."""
+        return self.committed_log_probs().exp()
 
     @cached_property
     def entropy(self) -> torch.Tensor:
