@@ -45,8 +45,9 @@ def problem_text(prompt: str | list[dict[str, str]]) -> str:
     """Text of a standard prompt, or of the last thing that the user says in a conversational one."""
     if isinstance(prompt, str):
         return prompt
-    said = [message.get("content") or "" for message in prompt if message["role"] == "user"]
-    return said[-1] if said else ""
+    said = [message.get("content") or "" for message in prompt if message["role"] == "user"][-1:]
+    parts = [part.get("text", "") for part in said[0]] if said and isinstance(said[0], list) else said
+    return "".join(parts)
 
 
 def check_counts(least: int = 1, **counts: int) -> None:

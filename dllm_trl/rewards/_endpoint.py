@@ -58,7 +58,7 @@ class Endpoint:
         import httpx2
 
         places, failed = asyncio.Semaphore(self.max_concurrency), [0]  # in a row, since the last answer
-        limits = httpx2.Limits(max_connections=self.max_concurrency)
+        limits = httpx2.Limits(max_connections=None)  # whoever waits for a place has all of its time still
         async with httpx2.AsyncClient(timeout=self.time_limit, limits=limits, headers=self.headers) as client:
 
             async def answer(key: str, body: dict) -> str | Exception:

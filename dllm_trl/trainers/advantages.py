@@ -136,7 +136,9 @@ def rewards_on_tokens(values: torch.Tensor, outcome: Outcome, step_map: torch.Te
 
 def discount(gamma: float | None, outcome: Outcome) -> float:
     """What a reward is worth one denoising step earlier: by default 1, and less where rewards came as lists."""
-    return gamma if gamma is not None else 1.0 if outcome.token_rewards is None else LIST_GAMMA
+    if gamma is not None:
+        return gamma
+    return 1.0 if outcome.token_rewards is None else LIST_GAMMA
 
 
 class Estimator(Protocol):

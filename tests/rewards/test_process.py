@@ -71,6 +71,8 @@ def test_problems():
     turns = [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}]
     turns += [{"role": "assistant", "content": "Ho"}, {"role": "user", "content": "What?"}]
     assert problem_text(turns) == "What?" and problem_text(turns[:1]) == ""
+    parts = [{"type": "image"}, {"type": "text", "text": "Who"}, {"type": "text", "text": "?"}]
+    assert problem_text([{"role": "user", "content": parts}]) == "Who?"
 
 
 # ------------------------------------------------------------------------------------------------- verdicts and votes

@@ -17,7 +17,7 @@ from dllm_trl.objectives.trace import TraceObjective
 from dllm_trl.rewards import chunk_rewards, judge_vote
 from dllm_trl.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer, TraceRLTrainer
 from dllm_trl.trainers.advantages import GroupEstimator
-from dllm_trl.trainers.process_rewards import chunk_z_scores, place_chunks, place_lists, place_steps
+from dllm_trl.trainers.process_rewards import chunk_z_scores, place_chunks, place_lists, place_steps, split_lists
 
 from .test_diffusion_grpo_trainer import make_trainer, roll_out
 from .test_distributed import history, launch
@@ -100,6 +100,8 @@ def test_tokens_by_hand():
     expected[0, 2] = expected[2, 2] = 0.0
     expected[0, 0] = expected[2, 0] = 1.0
     assert torch.equal(place_lists(scores, step_map, completed, 4, 8), expected)
+    found = place_lists(scores[:1], step_map[:1], completed[:1], 2, 8)
+    assert found[0].tolist() == [1.0, 0.0, 2.0, 0.0, 0.0, 7.0, 0.0, 0.0]
 
 
 def test_a_number_for_each_step_by_hand():
@@ -109,6 +111,30 @@ def test_a_number_for_each_step_by_hand():
     expected = torch.tensor([[2.0, 1.0, 2.0, 0.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0, 0.0, 0.0]])
     assert torch.equal(place_lists(scores, step_map, completed, None, 4), expected)
     assert torch.equal(place_steps(scores[:, :1], step_map, completed)[0], (step_map[0] == 0).float())
+
+
+class TwoProcesses:
+    """This one, and another with the same responses and a list that is longer by one."""
+
+    num_processes = 2
+
+    def gather(self, tensor):
+        return torch.cat([tensor, tensor])
+
+    def pad_across_processes(self, tensor, dim, pad_index):
+        return torch.nn.functional.pad(tensor, (0, 1) if dim == 1 else (0, 0, 0, 1), value=pad_index)
+
+
+def test_lists_are_parted_from_numbers():
+    """Two functions, three responses: lists are added with the weights, and what nobody has stays unknown."""
+    rewards = torch.tensor([[1.0, 5.0], [2.0, 0.5], [NAN, 7.0]]).repeat(2, 1)
+    lists = [[[1.0, None, 2.0], None, []], [[4.0, None], [0.5], None]]
+    numbers, scores = split_lists(TwoProcesses(), rewards, lists, torch.tensor([1.0, 10.0]))
+    expected = torch.tensor([[NAN, NAN], [2.0, NAN], [NAN, 7.0]]).repeat(2, 1)
+    torch.testing.assert_close(numbers, expected, equal_nan=True)
+    expected = torch.tensor([[41.0, NAN, 2.0, NAN], [5.0, NAN, NAN, NAN], [NAN] * 4]).repeat(2, 1)
+    torch.testing.assert_close(scores, expected, equal_nan=True)
+    assert split_lists(TwoProcesses(), rewards, [[], [None] * 3], torch.ones(2)) == (rewards, None)
 
 
 # ----------------------------------------------------------------------------------------------------------- a trainer
@@ -244,6 +270,13 @@ def test_overlong_responses_and_dropped_groups(tmp_path):
     overlong = (batch["completion_mask"].sum(1) == 14) & ~torch.isin(last, torch.tensor(trainer.eos_token_ids))
     assert overlong.any() and not overlong.all()
     known = ~plain.rewards[:, 0].isnan()
+    zeroed = make_trainer(tmp_path, reward_funcs=chunk_reward, **options | {"overlong_slack": 0})
+    with_zeros, batch = outcome_of(zeroed, prompts=(0, 9))
+    ids = [row[:n].tolist() for row, n in zip(batch["completion_ids"], batch["completion_mask"].sum(1), strict=True)]
+    lists = [[0.0] * len(one) if late else one for one, late in zip(chunk_reward(ids), overlong, strict=True)]
+    scores, step_map = chunk_z_scores(padded(lists), 4).float(), rows_of(zeroed, batch).step_map
+    expected = place_lists(scores, step_map, batch["completion_mask"].bool(), 4, zeroed.block_length)
+    torch.testing.assert_close(with_zeros.token_rewards, expected)
     assert (given.rewards[overlong & known] == 0).all() and torch.equal(given.rewards.isnan(), plain.rewards.isnan())
     assert torch.equal(given.rewards[~overlong & known], plain.rewards[~overlong & known])
 
