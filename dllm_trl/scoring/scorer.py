@@ -185,7 +185,13 @@ def _lm(model: nn.Module, packed: PackedRounds, options: dict, temperature: floa
 
 
 def _value(model: nn.Module, packed: PackedRounds, options: dict, temperature: float) -> Scores:
-    return Scores(packed.index, packed.shape, values=model(**packed.model_inputs(), **options).logits.flatten())
+    values = model(**packed.model_inputs(), **options).logits
+    if values.size(-1) != 1:
+        raise ValueError(
+            f"A critic must give one number per position, but `{type(model).__name__}` gives {values.size(-1)}. Load "
+            "it with `num_labels=1`."
+        )
+    return Scores(packed.index, packed.shape, values=values.float().flatten())
 
 
 _HEADS = {"lm": _lm, "fused": _fused, "value": _value}

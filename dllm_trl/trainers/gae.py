@@ -59,7 +59,7 @@ def step_gae(
     token_reward: str = "token",
 ) -> StepGAE:
     r"""
-    Generalised advantage estimation over the denoising steps of a response, as in section 4.2 of the [TraceRL
+    Generalised advantage estimation over the denoising steps of a response, as in the [TraceRL
     paper](https://huggingface.co/papers/2509.06949). With `r*` and `V*`, the means of rewards and values over the
     trained tokens of a step,
 

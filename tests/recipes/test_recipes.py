@@ -171,7 +171,7 @@ def test_optimizer_is_the_references(path):
     assert not args.warmup_steps
 
 
-@configs("math.yaml")
+@configs("math.yaml", "value.yaml")
 def test_rl_configs_are_the_papers(path):
     data_args, args, _ = parse(path)
     # Whole groups, also when 8 processes share the batch, as the accelerate configurations do
@@ -279,7 +279,7 @@ def test_sft_configs_train(path, tmp_path, monkeypatch):
     assert log["loss"] > 0
 
 
-@configs("math.yaml", *(f"{name}.yaml" for name in AUTHORS))
+@configs("math.yaml", "value.yaml", *(f"{name}.yaml" for name in AUTHORS))
 def test_rl_configs_train(path, tmp_path, monkeypatch):
     """The rewards differ within a group: something is learnt."""
 
@@ -291,6 +291,13 @@ def test_rl_configs_train(path, tmp_path, monkeypatch):
     small = {"num_generations": 4, "max_completion_length": 64, "overlong_slack": 0, "load_in_4bit": "false"}
     log = run_small(path, tmp_path, monkeypatch, tracerl_math.main, config_class_of(path), data, **small)
     assert 0 < log["rewards/reward/mean"] < 1 and log["grad_norm"] > 0
+
+
+def test_the_value_model_is_the_papers():
+    _, args, _ = parse(RECIPES / "configs" / "sdar-4b" / "value.yaml")
+    assert (args.value_model, args.value_learning_rate, args.value_lr_scheduler_type) == ("copy", 5e-6, "constant")
+    assert (args.gamma, args.gae_lambda, args.value_clip, args.value_loss_norm) == (1.0, 1.0, 0.2, "token")
+    assert (args.value_epochs, args.value_update_every, args.value_warmup_updates) == (1, 1, 0)
 
 
 @configs("process_reward.yaml")

@@ -51,8 +51,15 @@ def teach(trainer, seed=0):
 # ------------------------------------------------------------------------------------------------ what it is worth
 
 
-@CRITICS
-@pytest.mark.parametrize("family", TINY)
+# One of each kind at once, all at leisure
+EVERY = [(family, kind) for family in TINY for kind in ("copy", "adapter")]
+SOON = [("sdar", "copy"), ("Fast_dLLM_Qwen", "adapter"), ("llada", "adapter"), ("Dream", "copy")]
+
+
+@pytest.mark.parametrize(
+    ("family", "value_model"),
+    [pytest.param(*one, marks=[] if one in SOON else pytest.mark.slow, id="-".join(one)) for one in EVERY],
+)
 def test_a_new_critic_changes_nothing_at_first(tmp_path, family, value_model):
     """Its head is zero, so that the first advantages are those without it; then both models learn."""
     plain = roll_out(make_still(tmp_path, make_model(family), None))
@@ -367,6 +374,13 @@ def test_what_does_not_go_with_it(tmp_path):
         make_still(tmp_path, estimator=lambda outcome: GroupEstimator()(outcome))
     with pytest.raises(ValueError, match="has full attention, but the policy has block attention"):
         make_still(tmp_path, value_model=str(saved(tmp_path / "llada", "llada")))
+
+
+def test_a_critic_of_two_labels(tmp_path):
+    make_model().save_pretrained(tmp_path / "policy")
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "policy", num_labels=2)
+    with pytest.raises(ValueError, match="gives 2. Load it with `num_labels=1`"):
+        roll_out(make_still(tmp_path, value_model=critic))
 
 
 def saved(folder, family):
