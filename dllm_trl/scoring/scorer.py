@@ -65,6 +65,12 @@ def _check_rounds(rounds: list[Round], rows: Rows) -> None:
             )
         if one.prompt_masked is None and rounds[0].prompt_masked is None:
             continue
+        if one.prompt_masked is not None and one.prompt_masked.shape != rows.prompt_ids.shape:
+            raise ValueError(
+                "`objective` must return rounds whose `prompt_masked` has the shape "
+                f"{tuple(rows.prompt_ids.shape)} of the prompts, but that of round {number} has "
+                f"{tuple(one.prompt_masked.shape)}."
+            )
         if None in (one.prompt_masked, rounds[0].prompt_masked) or not torch.equal(
             one.prompt_masked, rounds[0].prompt_masked
         ):

@@ -191,7 +191,15 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
         if self.use_cpu and self.bf16 is None:
             self.bf16 = False  # TRL's default is for accelerators
         super().__post_init__()
-        check_counts(self, "block_length", "denoising_steps", "num_slots", "rounds_per_forward", "reward_chunk_length")
+        check_counts(
+            self,
+            "block_length",
+            "denoising_steps",
+            "num_slots",
+            "rounds_per_forward",
+            "num_iterations",
+            "reward_chunk_length",
+        )
         check_counts(self, "num_scored_pads", "overlong_slack", least=0)
         for name, choices in (("on_policy_check", ("warn", "error", "off")), ("kl_target", ("ref", "old"))):
             if getattr(self, name) not in choices:

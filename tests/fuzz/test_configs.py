@@ -1,6 +1,12 @@
 import pytest
 
-from dllm_trl import DiffusionGenerationConfig, DiffusionSFTConfig, TraceRLConfig
+from dllm_trl import (
+    CoupledGRPOConfig,
+    DiffusionGenerationConfig,
+    DiffusionSFTConfig,
+    RandomMaskGRPOConfig,
+    TraceRLConfig,
+)
 from dllm_trl.generation.configuration import RENAMED
 
 from .doors import INF, NAN, NOT_COUNTS, NOT_INTEGERS, NOT_NUMBERS, judge, options
@@ -61,7 +67,7 @@ def test_trainer_configs(tmp_path):
         "kl_target": WORDS,
         "on_policy_check": WORDS,
         "scale_rewards": ["popluation", "nope"],
-        "value_model": [True],
+        "value_model": [1.5, "", ["copy"]],
         **{name: [1] for name in ("block_size", "gen_length", "remasking", "threshold", "dynamic_threshold")},
     }
     sft = {
@@ -78,5 +84,11 @@ def test_trainer_configs(tmp_path):
         "max_length": [-1, 0],
         "label_smoothing_factor": [0.1],
     }
+    shares = {"lower": [-0.1, 1.1, *NOT_NUMBERS], "upper": [-0.1, 1.1, *NOT_NUMBERS]}
+    coupled = {**shares, "estimate": WORDS, "num_iterations": NOT_COUNTS, "scale_rewards": ["leave-one-out"]}
+    random_mask = {**shares, "ratios": WORDS, "likelihood": WORDS, "num_masks": NOT_COUNTS}
+    random_mask |= {"prompt_mask_prob": [-0.1, 1.1, *NOT_NUMBERS], "objective": WORDS, "estimate": ["pair"]}
+    judge("CoupledGRPOConfig", options(lambda **bad: CoupledGRPOConfig(**shared, **bad), coupled))
+    judge("RandomMaskGRPOConfig", options(lambda **bad: RandomMaskGRPOConfig(**shared, **bad), random_mask))
     judge("TraceRLConfig", options(lambda **bad: TraceRLConfig(**shared, **bad), rl))
     judge("DiffusionSFTConfig", options(lambda **bad: DiffusionSFTConfig(**shared, **bad), sft))

@@ -1,5 +1,6 @@
 """The scorer needs a model, rows and rounds, and no trainer."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -89,3 +90,21 @@ def test_unknown_heads_and_rounds_of_other_rows():
     for nothing in ([], None, rows.trained, [rows.trained]):
         with pytest.raises(ValueError, match="`objective` must return a list of at least one `Round`"):
             Scorer(mask_token_id=2)(SimpleNamespace(), rows, nothing)
+
+
+def test_prompts_are_masked_alike_in_all_rounds_of_a_view():
+    model = make_model("sdar").eval()
+    rows = rollout_of(model).rows()
+    one, *others = TraceObjective().rounds(rows)
+    hidden = rows.prompt_mask.bool() & (torch.arange(rows.prompt_ids.size(1)) % 2 == 0)
+    for prompts in ((hidden, None), (hidden, ~hidden)):
+        rounds = [replace(r, prompt_masked=p) for r, p in zip((one, others[0]), prompts, strict=True)]
+        with pytest.raises(ValueError, match="must return rounds of one view that mask the same prompt tokens"):
+            scorer_of(model)(model, rows, rounds)
+    with pytest.raises(ValueError, match=r"`prompt_masked` has the shape \(4, 5\) of the prompts.* has \(4, 1\)"):
+        scorer_of(model)(model, rows, [replace(one, prompt_masked=hidden[:, :1])])
+    shown = replace(rows, prompt_ids=rows.prompt_ids.masked_fill(hidden, 2))
+    with torch.no_grad():
+        found = scorer_of(model)(model, rows, [replace(r, prompt_masked=hidden) for r in (one, *others)])
+        expected = scorer_of(model)(model, shown, [one, *others])
+    torch.testing.assert_close(found.logps, expected.logps)

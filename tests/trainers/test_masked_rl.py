@@ -204,6 +204,20 @@ def test_model_cards_cite_the_paper(tmp_path, kind, name, paper):
     assert all(tag in card for tag in trainer._tag_names)
 
 
+def test_the_likelihood_of_a_sequence_is_trls(tmp_path):
+    """With one mask: TRL's ratio of a sequence is the mean over its scored tokens."""
+    losses, options = [], {"num_iterations": 2, "lower": 0.3}
+    for own in ({"likelihood": "sequence"}, {"importance_sampling_level": "sequence"}):
+        trainer = make_trainer(tmp_path, None, RandomMaskGRPOTrainer, **options, **own)
+        batch = roll_out(trainer)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(1.05)
+            losses.append(trainer._compute_loss(trainer.model, batch))
+    assert losses[0] != 0
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-4)
+
+
 def test_a_trainer_with_another_objective_does_not_take_the_credit(tmp_path):
     trainer = make_trainer(tmp_path, None, TraceRLTrainer, objective="coupled", max_steps=1)
     assert (trainer._name, trainer._paper["id"]) == ("Diffusion GRPO", "2506.20639")
