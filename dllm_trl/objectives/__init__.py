@@ -6,36 +6,46 @@ from dataclasses import fields
 from .agrpo import AGRPOObjective
 from .ar import AutoregressiveObjective
 from .base import FunctionObjective, LossInputs, LossOutputs, Objective, Outcome, Random, any_scored, make_objective
+from .bgpo import BGPOObjective
 from .block_mask import BlockObjective
 from .block_reveal import BlockRevealObjective
 from .coupled import CoupledObjective
 from .diffu_grpo import DiffuGRPOObjective
+from .dipo import DiPOObjective
 from .ebpo import EBPOObjective
 from .egspo import EGSPOObjective
+from .espo import ESPOObjective
 from .gdpo import GDPOObjective
 from .just_grpo import JustGRPOObjective
 from .lightning_rl import LightningRLObjective
 from .random_mask import RandomMaskObjective
 from .semi_ar import SemiAutoregressiveObjective
+from .spg import SPGObjective
 from .stable_drl import StableDRLObjective
 from .trace import TraceObjective
 from .unigrpo import UniGRPOObjective
+from .wd1 import WD1Objective
 
 
 # Reinforcement learning
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "agrpo": AGRPOObjective,
+    "bgpo": BGPOObjective,
     "block_reveal": BlockRevealObjective,
     "coupled": CoupledObjective,
     "diffu_grpo": DiffuGRPOObjective,
+    "dipo": DiPOObjective,
     "ebpo": EBPOObjective,
     "egspo": EGSPOObjective,
+    "espo": ESPOObjective,
     "gdpo": GDPOObjective,
     "just_grpo": JustGRPOObjective,
     "lightning_rl": LightningRLObjective,
     "random_mask": UniGRPOObjective,
+    "spg": SPGObjective,
     "stable_drl": StableDRLObjective,
     "trace": TraceObjective,
+    "wd1": WD1Objective,
 }
 # Supervised fine-tuning, and what it does by default for each kind of attention
 SFT_OBJECTIVES: dict[str, Callable[..., Objective]] = {

@@ -97,3 +97,31 @@ def block_random_rounds(rows: Rows, num_samples: int, name: str = "", earlier: f
         scored = block_random_masks(trained, rows.blocks, place, share, uniform, earlier)
         rounds.append(Round(scored | unknown, scored, prompt_masked=prompt_masked))
     return rounds
+
+
+def spread_counts(first: torch.Tensor, number: int, length: torch.Tensor, least: int = 1) -> torch.Tensor:
+    """
+    How many tokens each of `number` corruptions `(B, number)` masks: from `first` `(B, 1)` on, evenly spread over
+    `least` to `length` `(B, 1)` and beginning anew beyond the end. LLaDA's counts; with `least=0`, those of ESPO.
+    """
+    states = length + 1 - least
+    steps = torch.arange(number, device=length.device) * states.double() / number
+    return (first + steps).round().long().sub(least) % states.clamp(min=1) + least
+
+
+def draw_counted(rows: Rows, random: Random, num_samples: int, num_views: int) -> dict[str, torch.Tensor]:
+    """What [`counted_masks`] is made of: for each view where the counts begin, and a number for each token."""
+    names = [f"mask{view}_{sample}" for view in range(num_views) for sample in range(num_samples)]
+    first = random.uniform(rows.trained.any(1, keepdim=True).expand(-1, num_views))
+    return {"first": first} | {name: random.uniform(rows.trained) for name in names}
+
+
+def counted_masks(rows: Rows, view: int, num_samples: int, least: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`num_samples` masks `(B, R)` and their counts `(B, 1)`: exactly so many trained tokens, `least` to all, evenly
+    spread over the masks of a row."""
+    length = rows.trained.sum(1, keepdim=True)
+    # From a real number on: from an integer on, as LLaDA does it, rounding halves to even would prefer even counts
+    first = least - 0.5 + rows.draws["first"][:, view : view + 1].double() * (length + 1 - least)
+    counts = spread_counts(first, num_samples, length, least).split(1, dim=1)
+    uniform = [rows.draws[f"mask{view}_{sample}"] for sample in range(num_samples)]
+    return [(mask_counted(rows.trained, count, one), count) for count, one in zip(counts, uniform, strict=True)]
