@@ -185,3 +185,17 @@ def test_tokens_of_a_step_share_its_advantage(tmp_path, family):
             for row in range(len(inputs.rows)):
                 assert inputs.advantages[row][one.scored[row]].unique().numel() <= 1
     assert any(inputs.advantages.any() for inputs in seen)
+
+
+def test_completions_have_the_form_of_the_prompts(tmp_path):
+    calls = []
+
+    def watching(prompts, completions, **kwargs):
+        calls.append((prompts, completions))
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    trainer = trainer_of(tmp_path, "sdar", EGSPOObjective(num_steps=1), reward_funcs=watching)
+    trainer._generate_and_score_completions([{"prompt": [{"role": "user", "content": "1+1="}]}] * 4)
+    (prompts, completions), (again, filled) = calls
+    assert again == prompts and [one[0].keys() for one in filled] == [one[0].keys() for one in completions]
+    assert trainer._generation is None
