@@ -34,9 +34,9 @@ class Outcome:
         rewards (`torch.FloatTensor` of shape `(N, F)`):
             A reward of each of `F` functions, NaN where one gave none, a mean where one gave a list.
         total (`torch.FloatTensor` of shape `(N,)`):
-            Weighted sum of those that are numbers, NaN where there are none.
+            Their weighted sum, NaN where none gave one.
         advantages (`torch.FloatTensor` of shape `(N,)`):
-            What TRL makes of it (`scale_rewards`).
+            What TRL makes of it (`scale_rewards`), of that part which came as numbers.
         num_generations (`int`):
             Responses per group; siblings are adjacent.
         mine (`slice`):
@@ -46,8 +46,10 @@ class Outcome:
         values (`torch.FloatTensor` of shape `(B, R)`, *optional*):
             What a critic expected of each token.
         token_rewards (`torch.FloatTensor` of shape `(B, R)`, *optional*):
-            Rewards that came as lists, normalised, on tokens; what came as numbers is in `total` and `advantages` and
-            not in these. `None`: all rewards are numbers.
+            Rewards that came as lists, normalised, on tokens; `advantages` know nothing of them. `None`: all rewards
+            are numbers.
+        numbers (`torch.FloatTensor` of shape `(N,)`, *optional*):
+            `total` without those that came as lists, NaN where nothing is left. `None`: all rewards are numbers.
         counted (`torch.BoolTensor` of shape `(N,)`, *optional*):
             Rows of which anything is scored: no repeats, not truncated where that rules them out, not dropped.
         num_trained, lengths, num_forward_passes (`torch.LongTensor` of shape `(N,)`, *optional*):
@@ -67,6 +69,7 @@ class Outcome:
     rows: Rows
     values: torch.Tensor | None = None
     token_rewards: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
     counted: torch.Tensor | None = None
     num_trained: torch.Tensor | None = None
     lengths: torch.Tensor | None = None

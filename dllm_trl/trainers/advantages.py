@@ -163,7 +163,8 @@ class GroupEstimator:
         """What whole responses are worth, by those of their rewards that are numbers."""
         values, kept = outcome.advantages, torch.ones_like(outcome.advantages, dtype=torch.bool)
         if self.scale in SCALES:
-            values = SCALES[self.scale](outcome.total, outcome.num_generations)
+            total = outcome.total if outcome.numbers is None else outcome.numbers
+            values = SCALES[self.scale](total, outcome.num_generations)
         if self.accuracy_range is not None:
             kept = in_accuracy_range(outcome.rewards[:, 0], outcome.num_generations, *self.accuracy_range)
             values = torch.where(kept, values, 0.0)

@@ -74,4 +74,4 @@ def _rewards_of(trainer, inputs: list[dict], generation, rows: Rows, canvas: tor
     dropped = {"_notes": new_notes(), "_pending_extra_logs": defaultdict(list), "_pending_metrics": defaultdict(list)}
     with temporarily(trainer, _generation=own, **dropped):
         trainer._calculate_rewards(inputs, prompts, completions, ids)
-    return trainer._total_rewards(own.numbers)
+    return trainer._total_rewards(own.rewards)

@@ -109,7 +109,7 @@ class GRPOMetricsMixin(RatioMetricsMixin):
     def _outcome(self, generation: Generation, advantages: torch.Tensor, rows: Rows) -> Outcome:
         """What is known of the rollout of all processes, with the advantages `(B,)` that TRL computed."""
         siblings = self.num_generations if self._mode == "train" else self.num_generations_eval
-        total, mine, rollout = self._total_rewards(generation.numbers), self._mine(len(rows)), generation.rollout
+        total, mine, rollout = self._total_rewards(generation.rewards), self._mine(len(rows)), generation.rollout
         facts = rows.trained.sum(1), rollout.completion_mask.sum(1), rollout.num_forward_passes
         num_trained, lengths, forwards = self.accelerator.gather(torch.stack(facts, dim=1)).unbind(1)
         known = {"num_trained": num_trained, "lengths": lengths, "num_forward_passes": forwards}
@@ -121,6 +121,7 @@ class GRPOMetricsMixin(RatioMetricsMixin):
             chunks = (self.args.reward_chunk_length, self.block_length)
             completed = rollout.completion_mask.bool()
             outcome.token_rewards = place_lists(scores, rollout.step_map, completed, *chunks)
+            outcome.numbers = self._total_rewards(generation.numbers)
         return outcome
 
     def _estimate(self, generation: Generation, advantages: torch.Tensor, rows: Rows) -> Advantage:

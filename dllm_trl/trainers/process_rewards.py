@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from accelerate.logging import get_logger
 
-from ..types import DiffusionRollout
 from .advantages import population_z_score
 from .gae import step_places
 
@@ -159,14 +158,18 @@ def split_lists(
 
 
 def check_lists(
-    names: list[str], lists: list[list[list | None]], rollout: DiffusionRollout, chunk_length: int | None
+    names: list[str],
+    lists: list[list[list | None]],
+    completion_ids: list[list[int]],
+    step_map: torch.Tensor,
+    chunk_length: int | None,
 ) -> None:
     """Says, once for each function, that its lists do not have a number for each chunk (step) of the responses."""
-    completed = rollout.completion_mask.bool()
+    lengths = [len(ids) for ids in completion_ids]
     if chunk_length is None:
-        counts = [len(steps[own].unique()) for steps, own in zip(rollout.step_map, completed, strict=True)]
+        counts = [len(steps[:length].unique()) for steps, length in zip(step_map, lengths, strict=True)]
     else:
-        counts = [-(-length // chunk_length) for length in completed.sum(1).tolist()]
+        counts = [-(-length // chunk_length) for length in lengths]
     for name, column in zip(names, lists, strict=True):
         if all(one is None or len(one) in (0, count) for one, count in zip(column, counts)):
             continue

@@ -90,7 +90,8 @@ class RewardFunctionsMixin:
         ]
         with temporarily(self, reward_funcs=guarded):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        check_lists(self.reward_func_names, lists, self._generation.rollout, self.args.reward_chunk_length)
+        steps, chunk_length = self._generation.rollout.step_map, self.args.reward_chunk_length
+        check_lists(self.reward_func_names, lists, completion_ids_list, steps, chunk_length)
         numbers, scores = split_lists(self.accelerator, rewards, lists, self.reward_weights)
         if self.args.overlong_slack is not None:
             lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)

@@ -194,7 +194,8 @@ def test_lists_become_returns_of_tokens(tmp_path, family, gamma, expected):
     lists = chunk_reward(ids)
     means = torch.tensor([sum(one) / len(one) for one in lists])
     torch.testing.assert_close(given.rewards[:, 0], means)  # what is logged
-    assert given.total.isnan().all() and (given.advantages == 0).all()
+    assert given.numbers.isnan().all() and (given.advantages == 0).all()
+    torch.testing.assert_close(given.total, means)
     scores = chunk_z_scores(padded(lists), 4)
     placed = place_lists(scores, rows.step_map, batch["completion_mask"].bool(), 4, 4).float()
     torch.testing.assert_close(given.token_rewards, placed)
@@ -224,7 +225,7 @@ def test_numbers_beside_lists_lie_on_the_last_step(tmp_path):
 def test_a_mix_of_numbers_lists_and_nothing(tmp_path):
     trainer = make_trainer(tmp_path, reward_funcs=mixed_reward, reward_chunk_length=4)
     given, batch = outcome_of(trainer)
-    assert given.total.isnan().tolist() == [True, False, *[True] * 6]
+    assert given.numbers.isnan().tolist() == [True, False, *[True] * 6]
     assert given.rewards[:, 0].isnan().tolist() == [False, False, True, True, True, False, False, False]
     assert given.token_rewards.abs().sum(1)[[1, 2, 3, 4]].tolist() == [0.0] * 4
     assert (given.token_rewards.abs().sum(1)[[5, 7]] > 0).all()
@@ -366,7 +367,7 @@ def test_an_estimator_of_ones_own_gets_both(tmp_path):
         estimator=GroupEstimator(gamma=1.0),
     )
     given, _ = outcome_of(trainer)
-    assert given.token_rewards is not None and given.total.isfinite().all()
+    assert given.token_rewards is not None and given.numbers.isfinite().all()
 
 
 @pytest.mark.slow
@@ -381,8 +382,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path):
         assert len(one) == 2 and history(tmp_path / "two", name) == pytest.approx(one, abs=1e-5)
 
 
-# Those that make advantages of the rewards themselves read the mean of a list
-@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"trace", "lightning_rl", "egspo"}))
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"trace"}))
 @pytest.mark.parametrize("family", ["sdar", "llada"])
 def test_every_objective_takes_lists(tmp_path, name, family):
     """Losses on whole responses get the mean over their tokens. Widths are those at which a mistake would not show."""
@@ -399,11 +399,13 @@ def test_every_objective_takes_lists(tmp_path, name, family):
     functions = [chunk_reward, letter_reward]
     trainer = make_trainer(tmp_path, make_model(family), DiffusionGRPOTrainer, functions, **options)
     batch = roll_out(trainer)
-    own = OBJECTIVES[name].loss is not Objective.loss and not OBJECTIVES[name].token_advantages
-    assert batch["advantages"].dim() == (1 if own else 2) and batch["advantages"].abs().max() > 0
+    assert batch["advantages"].isfinite().all()
+    if name not in ("egspo", "lightning_rl"):  # these make advantages of the rewards themselves, of a list's mean
+        own = OBJECTIVES[name].loss is not Objective.loss and not OBJECTIVES[name].token_advantages
+        assert batch["advantages"].dim() == (1 if own else 2) and batch["advantages"].abs().max() > 0
     before = weights(trainer.model)
     trainer.train()
-    assert changed(trainer, before)
+    assert changed(trainer, before) or name == "lightning_rl"  # which drops all these groups
 
 
 @pytest.mark.parametrize("family", ["sdar", "llada"])
