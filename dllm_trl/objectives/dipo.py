@@ -1,6 +1,7 @@
 """DiPO (DiRL): TraceRL's rounds, a mean over all tokens, and more room above 1 than below."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .base import LossInputs, LossOutputs
 from .option_checks import check_choices
@@ -34,6 +35,8 @@ class DiPOObjective(TraceObjective):
         kl (`str`, *optional*, defaults to `"k3"`):
             Estimate of the KL term, `"k3"` or `"k1"`.
     """
+
+    token_advantages: ClassVar[bool] = True
 
     clip_higher: float = 0.08
     kl: str = "k3"
