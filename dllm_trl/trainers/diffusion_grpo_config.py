@@ -26,10 +26,12 @@ class DiffusionGRPOConfig(StrategyArguments, GRPOConfig):
             Tokens denoised together, in rollout and training alike. `None` takes the model's `config.block_size`. Full
             attention: the blocks of semi-autoregressive decoding; `None` decodes the whole response as one.
         denoising_steps (`int`, *optional*):
-            Upper bound of denoising steps per block. `None` takes `block_length`.
+            Upper bound of denoising steps per block. `None` takes what the objective asks for (`"just_grpo"`,
+            `"block_reveal"`), else `block_length`.
         remasking_strategy (`str`, *optional*):
-            Which masked tokens are committed in a step, see [`DiffusionGenerationConfig`]. `None` takes the
-            checkpoint's, else `"low_confidence_dynamic"`.
+            Which masked tokens are committed in a step, see [`DiffusionGenerationConfig`]. `None` takes what the
+            objective asks for, else the checkpoint's, else `"low_confidence_dynamic"`. Against what an objective asks
+            for it is respected, with a warning.
         parameters of the strategies (*optional*):
             By their names, as in [`DiffusionGenerationConfig`]. `None` takes the checkpoint's, else the default of the
             strategy.
