@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 
 from dllm_trl.generation.progress import RolloutBar
 from dllm_trl.objectives import FunctionObjective
+from dllm_trl.objectives.dipo import dipo_loss
 from dllm_trl.scoring import Scores
 from dllm_trl.trainers import (
     DiffusionGRPOConfig,
@@ -242,6 +243,26 @@ def test_policy_loss(tmp_path, monkeypatch, case):
         },
     )
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", cases("seed_policy_loss"))
+def test_policy_loss_with_every_estimate_and_norm(case):
+    """The same and the cases that no `loss_type` covers, through the loss of DiPO, row by row."""
+    inputs = PAPER | case["inputs"]
+    names = ("logp_new", "logp_old", "adv", "mask")
+    rows = [[torch.tensor(inputs[name][row : row + 1]) for name in names] for row in range(len(inputs["mask"]))]
+
+    def loss(beta, norm):
+        values = []
+        for new, old, advantages, mask in rows:
+            size = {"response": inputs["response_len"], "masked": mask.sum(), "none": 1}[norm]
+            clip = (inputs["eps"], inputs["eps"])
+            values.append(dipo_loss(new, old, old, advantages, mask, size, *clip, beta, inputs["kl"]))
+        return torch.stack(values).mean()
+
+    kl = loss(inputs["beta"], inputs["kl_norm"]) - loss(0.0, inputs["kl_norm"])
+    found = loss(0.0, inputs["policy_norm"]) + kl
+    assert found.item() == pytest.approx(case["expected"], rel=1e-5)
 
 
 def answer_with(trainer, monkeypatch, logps):
