@@ -26,6 +26,7 @@ class AGRPOObjective(Objective):
     `"uniform"` or in proportion to their `"entropy"`, and scores what they committed as the rollout saw it."""
 
     step_map: ClassVar[str] = "required"
+    token_advantages: ClassVar[bool] = True
 
     num_views: int = 1
     num_samples: int = 24
@@ -37,12 +38,11 @@ class AGRPOObjective(Objective):
         self.reads_entropies = self.importance == "entropy"
 
     def draw(self, rows: Rows, random: Random) -> dict[str, torch.Tensor]:
-        turns, values = renumbered(rows.step_map, rows.trained)
-        entropies = rows.entropies if self.reads_entropies else None
+        (turns, values), entropies = renumbered(rows.step_map, rows.trained), rows.entropies
         strata, draws = torch.arange(self.num_samples, device=values.device).expand(len(rows), -1), {}
         for view in range(self.num_views):
             numbers = (strata + random.uniform(strata >= 0).double()) / self.num_samples
-            turn, weights = sample_steps(turns, rows.trained, numbers, entropies)
+            turn, weights = sample_steps(turns, rows.trained, numbers, entropies if self.reads_entropies else None)
             steps = values.gather(1, turn.clamp(min=0)).where(turn >= 0, -1)
             draws |= {f"steps{view}": steps, f"weights{view}": weights}
         return draws
@@ -54,7 +54,7 @@ class AGRPOObjective(Objective):
         return token_logps.sum(0)  # each token is scored once: the weights are the loss's
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        new, ref, clip = inputs.logps, inputs.ref_logps, (inputs.epsilon_low, inputs.epsilon_high)
+        new, clip = inputs.logps, (inputs.epsilon_low, inputs.epsilon_high)
         old = new.detach() if inputs.old_logps is None else inputs.old_logps
-        loss = agrpo_loss(new, old, ref, inputs.advantages.unsqueeze(-1), inputs.rounds, *clip, inputs.beta)
-        return LossOutputs(loss, ratio_metrics((new - old)[inputs.scored], *clip))
+        rows = (new, old, inputs.ref_logps, inputs.advantages.view(len(new), -1), inputs.rounds)
+        return LossOutputs(agrpo_loss(*rows, *clip, inputs.beta), ratio_metrics((new - old)[inputs.scored], *clip))

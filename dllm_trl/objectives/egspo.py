@@ -19,6 +19,7 @@ class EGSPOObjective(Objective):
 
     step_map: ClassVar[str] = "required"
     reads_entropies: ClassVar[bool] = True
+    token_advantages: ClassVar[bool] = True
 
     num_steps: int = 8
     lam: float = 0.5

@@ -6,7 +6,7 @@ import torch
 
 from .base import LossInputs, LossOutputs, Outcome
 from .lightning_terms import kept_advantages, lightning_loss, speed_rewards, step_weights
-from .option_checks import check_choices
+from .option_checks import check_choices, check_counts, check_weights
 from .ratios import ratio_metrics
 from .trace import TraceObjective
 
@@ -28,7 +28,10 @@ class LightningRLObjective(TraceObjective):
     drop_all_wrong: bool = True
 
     def __post_init__(self):
+        check_counts(self, "shrink")
+        check_weights(self, "nll_weight", "slack", "least_range")
         check_choices(self, scale=("batch", "prompt_group", "prompt_group_center"), kl=("k1", "k2", "k3"))
+        check_choices(self, normalize_correct=(True, False), drop_all_wrong=(True, False))
 
     def _group(self, outcome: Outcome) -> list[torch.Tensor]:
         facts = (outcome.rewards[:, 0] > 0.5, outcome.lengths, outcome.num_forward_passes)
@@ -51,8 +54,7 @@ class LightningRLObjective(TraceObjective):
         new, clip = inputs.logps, (inputs.epsilon_low, inputs.epsilon_high)
         old = new.detach() if inputs.old_logps is None else inputs.old_logps
         rows = (inputs.advantages.unsqueeze(-1), inputs.scored, inputs.lengths.clamp(min=1), inputs.notes["weights"])
-        policy, kl, nll = lightning_loss(
-            new, old, inputs.ref_logps, *rows, clip, inputs.beta, self.kl, self.nll_weight
-        )
+        options = (clip, inputs.beta, self.kl, self.nll_weight)
+        policy, kl, nll = lightning_loss(new, old, inputs.ref_logps, *rows, *options)
         metrics = {"loss/policy": policy, "loss/kl": kl, "loss/likelihood": nll}
         return LossOutputs(policy + kl + nll, metrics | ratio_metrics((new - old)[inputs.scored], *clip))

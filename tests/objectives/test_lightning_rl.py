@@ -84,7 +84,7 @@ def test_by_hand():
     assert none.tolist() == [[0.0] * 3] * 2
 
 
-@pytest.mark.parametrize("options", [{"scale": "group"}, {"kl": "k4"}])
+@pytest.mark.parametrize("options", [{"scale": "group"}, {"kl": "k4"}, {"slack": -1}, {"nll_weight": "x"}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
         LightningRLObjective(**options)

@@ -75,9 +75,9 @@ def history(output_dir: Path, name: str) -> list[float]:
 
 
 SLOW = pytest.mark.slow
-# Adam's first step is the sign of the gradient, also of one that is rounding alone
 # A random model's responses are all about as fast and wrong: no group is dropped for that
 LENIENT = {"slack": 0, "least_range": 0.0, "drop_all_wrong": False}
+# Adam's first step is the sign of the gradient, also of one that is rounding alone
 TWICE = {"num_iterations": 2, "optim": "sgd", "learning_rate": 0.1}
 
 
