@@ -15,8 +15,7 @@ from .steps import drawn_rounds, renumbered, sample_steps
 def agrpo_loss(new, old, ref, advantages, rounds, epsilon_low, epsilon_high, beta=0.0):
     """Mean over draws and responses of the sum over tokens; a KL term is weighed by the ratio, as they have it."""
     loss = -clipped_surrogate(new - old, advantages, epsilon_low, epsilon_high)
-    if beta:
-        loss = loss + beta * (new - old).exp() * kl_estimate(new - ref)
+    loss = loss + (beta * (new - old).exp() * kl_estimate(new - ref) if beta else 0)
     return (sum(r.scored * r.loss_weight for r in rounds) * loss).sum() / (len(rounds) * len(loss))
 
 

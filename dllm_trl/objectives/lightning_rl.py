@@ -13,11 +13,9 @@ from .trace import TraceObjective
 
 @dataclass
 class LightningRLObjective(TraceObjective):
-    """
-    The rounds of the trace, rewards of its own ([`speed_rewards`]; right is what the first reward function gives more
-    than 0.5) and their advantages ([`kept_advantages`]), a KL term of kind `kl`, and `nll_weight` times the negative
-    log-likelihood of right responses.
-    """
+    """The rounds of the trace, rewards of its own ([`speed_rewards`]; right is what the first reward function gives
+    more than 0.5) and their advantages ([`kept_advantages`]), a KL term of kind `kl`, and `nll_weight` times the
+    negative log-likelihood of right responses."""
 
     scale: str = "batch"
     kl: str = "k3"
