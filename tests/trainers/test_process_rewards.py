@@ -22,7 +22,16 @@ from dllm_trl.trainers.process_rewards import chunk_z_scores, place_chunks, plac
 from .test_diffusion_grpo_trainer import make_trainer, roll_out
 from .test_distributed import history, launch
 from .test_tracerl_trainer import changed, logged, weights
-from .tiny_rl import ON_CPU, chunk_reward, config_class, letter_reward, make_model, make_tokenizer, rows_of
+from .tiny_rl import (
+    ON_CPU,
+    chunk_reward,
+    config_class,
+    letter_reward,
+    make_model,
+    make_prompts,
+    make_tokenizer,
+    rows_of,
+)
 
 
 NAN = float("nan")
@@ -357,6 +366,27 @@ def test_lists_with_other_options(tmp_path, trainer_class, scale_rewards):
     before = weights(trainer.model)
     trainer.train()
     assert changed(trainer, before)
+
+
+def test_lists_are_evaluated_and_resumed(tmp_path):
+    """In the middle of a rollout's updates, from a buffer that holds an advantage for each token."""
+    options = {
+        "reward_chunk_length": 4,
+        "num_iterations": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_steps": 4,
+    }
+    options |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 4}
+    whole = make_trainer(tmp_path / "whole", reward_funcs=[chunk_reward, letter_reward], **options)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", reward_funcs=[chunk_reward, letter_reward], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    expected = weights(whole.model)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed.model).items())
+    metrics = whole.evaluate(make_prompts(5))
+    parts = [metrics[f"eval_rewards/{name}/mean"] for name in ("chunk_reward", "letter_reward")]
+    assert metrics["eval_reward"] == pytest.approx(sum(parts)) and metrics["eval_loss"] == metrics["eval_loss"]
 
 
 def test_an_estimator_of_ones_own_gets_both(tmp_path):
