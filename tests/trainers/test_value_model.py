@@ -184,6 +184,10 @@ def test_the_loss(tmp_path, family):
         update(*calls[-1])
 
     trainer.estimator._update = watched
+    gradients = []  # AdamW hides by how much they are off
+    trainer.estimator.optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(parameter.grad.clone() for parameter in trainer.estimator.parameters)
+    )
     trainer.train()
     (rows, old_values, returns), other = calls[0], make_still(tmp_path, make_model(family), value_model=twin)
     values = other.estimator._values(rows)
@@ -191,6 +195,8 @@ def test_the_loss(tmp_path, family):
     assert logged(trainer, "value/loss") == [pytest.approx(loss.item(), rel=1e-4)]
     optimizer = torch.optim.AdamW(other.estimator.parameters, lr=1e-2, weight_decay=0.0)
     loss.backward()
+    for found, parameter in zip(gradients, other.estimator.parameters, strict=True):
+        torch.testing.assert_close(found, parameter.grad, atol=1e-5, rtol=1e-3)
     optimizer.step()
     for name, weight in critic_weights(trainer).items():
         torch.testing.assert_close(critic_weights(other)[name], weight, atol=5e-4, rtol=1e-3)
