@@ -1,4 +1,4 @@
-"""Whole runs of the newer objectives: in two processes, killed and resumed, and until they have learnt something."""
+"""Whole runs of objectives with a loss of their own: in two processes, killed and resumed, and until they learnt."""
 
 import signal
 
@@ -15,12 +15,13 @@ from ..trainers.tiny_rl import ON_CPU, make_model, make_prompts, make_tokenizer
 
 PAIRS = [(name, family) for name in ("gdpo", "just_grpo", "stable_drl", "ebpo") for family in ("sdar", "llada")]
 PAIRS += [("block_reveal", "sdar")]
+SEQUENCE = [("spg", "sdar"), ("spg", "llada"), ("wd1", "llada"), ("espo", "llada"), ("bgpo", "sdar"), ("dipo", "sdar")]
 OPTIONS = {"num_iterations": 2, "block_length": 4, "remasking_strategy": None, "denoising_steps": None}
 SGD = {"optim": "sgd", "learning_rate": 0.02, "lr_scheduler_type": "constant"}  # Adam would enlarge rounding
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "family"), PAIRS)
+@pytest.mark.parametrize(("objective", "family"), PAIRS + SEQUENCE)
 def test_two_processes_equal_one_with_accumulation(tmp_path, objective, family):
     """Two updates on each of two rollouts, groups split over the processes, some of them dropped."""
     options = {"per_device_train_batch_size": 2, "max_steps": 4, "accuracy_range": [0.25, 0.5], "save_strategy": "no"}
@@ -52,7 +53,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, objective, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "family"), PAIRS)
+@pytest.mark.parametrize(("objective", "family"), PAIRS + SEQUENCE[:2])
 def test_the_reward_rises(tmp_path, objective, family):
     """Share of digits in a response, from the samples before the first update to those before the last two."""
     model = make_model(family)
