@@ -182,7 +182,7 @@ def run(
     print(f"\nRight answers on {rl.num_problems} held-out problems (greedy decoding)")
     for stage, report, seconds in (("SFT", sft, seconds_sft), (method, rl, seconds_rl)):
         decoding = f"{report.tokens_per_forward:.2f} tokens per forward"
-        print(f"  after {stage:<12} {report.accuracy:6.1%}   {decoding}   trained in {seconds:.0f} s")
+        print(f"  after {stage:<{len(method)}} {report.accuracy:6.1%}   {decoding}   trained in {seconds:.0f} s")
     print(f"In {output_dir}: model/, summary.json, reward.png, and trace.html to watch the model answer.")
     return summary
 

@@ -14,7 +14,7 @@ from dllm_trl import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionSFTConf
 from dllm_trl.objectives import OBJECTIVES, SFT_OBJECTIVES
 
 from . import models_table
-from .trainers.tiny_rl import ON_CPU, TINY, letter_reward, make_model, make_prompts, make_tokenizer
+from .trainers.tiny_rl import LENIENT, ON_CPU, TINY, make_model, make_prompts, make_tokenizer
 
 
 EXAMPLES = {"prompt": ["1+2=", "2+2= "], "completion": ["3 is it", "4!"]}
@@ -104,18 +104,24 @@ def test_sft_objective(tmp_path, family, objective):
             make_trainer()
 
 
+def every_second(completions, **kwargs):
+    """Right and wrong in every group, so that there is something to learn."""
+    return [float(i % 2) for i in range(len(completions))]
+
+
 def make_rl_trainer(tmp_path, model, objective, **options):
     args = DiffusionGRPOConfig(
         str(tmp_path),
         num_generations=4,
         per_device_train_batch_size=4,
-        max_completion_length=8,
+        max_completion_length=12,
         block_length=4,
+        objective_kwargs=LENIENT.get(objective),
         **OPTIONS,
     )
     return DiffusionGRPOTrainer(
         model=model,
-        reward_funcs=letter_reward,
+        reward_funcs=every_second,
         args=args,
         train_dataset=make_prompts(4),
         processing_class=make_tokenizer(),

@@ -21,6 +21,7 @@ from dllm_trl.generation.engine import decode
 from dllm_trl.generation.forward import StockForward
 from dllm_trl.generation.fused_forward import FusedForward
 from dllm_trl.generation.samplers import make_sampler, top_quota
+from dllm_trl.generation.samplers import parameters as strategy_parameters
 
 
 GOLDEN = Path(os.environ.get("DLLM_TRL_GOLDEN", Path(__file__).parents[1] / "fixtures" / "golden"))
@@ -182,9 +183,8 @@ def parameters(family, case):
         values["remasking_strategy"] = deferring(length, kwargs["steps"], threshold)
     if "dream_sample" in upstream and values["cache"] == "none":
         sampler = values["remasking_strategy"]
-        values["remasking_strategy"] = first_token_first(
-            make_sampler(sampler, {"confidence_threshold": 0.9, "entropy_bound": 0.1} | values)
-        )
+        defaults = {name: field.default for name, field in strategy_parameters().items()}
+        values["remasking_strategy"] = first_token_first(make_sampler(sampler, defaults | values))
     if kwargs.get("confidence_eos_eot_inf"):
         values["remasking_strategy"] = without_confidence([case["eos_token_id"], case["eot_token_id"]])
     if kwargs.get("logits_eos_inf"):

@@ -16,13 +16,11 @@ from dllm_trl.types import Rows
 
 from .test_diffusion_grpo_trainer import make_trainer, roll_out
 from .test_tracerl_trainer import weights
-from .tiny_rl import TINY, config_class, make_model, rows_of
+from .tiny_rl import LENIENT, TINY, config_class, make_model, rows_of
 
 
 # The prompt is what is asked; only these hide some of it
 MASKS_PROMPTS = {"diffu_grpo", "spg", "stable_drl", "wd1"}
-# Drops no group of a random model's responses, which are all about as fast and wrong
-LENIENT = {"lightning_rl": {"slack": 0, "least_range": 0.0, "drop_all_wrong": False}}
 CHECKED = ("sdar", "llada", "Dream")
 
 

@@ -132,3 +132,7 @@ def score(trainer, rows: Rows, view: int = 0) -> tuple[torch.Tensor, torch.Tenso
     rounds = trainer.objective.rounds(rows, view)
     scores = trainer.scorer(trainer.model, rows, rounds)
     return trainer.objective.reduce(scores.dense("logps"), rounds), scores.mean("entropies")
+
+
+# Options of objectives whose filters leave nothing of responses as short and as wrong as these
+LENIENT = {"lightning_rl": {"slack": 0, "least_range": 0.0, "drop_all_wrong": False}}
